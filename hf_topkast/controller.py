@@ -1,0 +1,198 @@
+"""When to refresh, the penalty, and optimizer state that moves with its weight: all from the optimizer's hooks."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .layers import TopKastLayer
+from .methods import get_method
+from .optimizers import carry_state, check_optimizer, exclude_from_weight_decay, unwrap_optimizer
+from .schedule import backward_density_at, exploration_end, refresh_due
+from .selection import check_finite
+from .surgery import sparse_layers, sparse_root
+
+
+class TopKastController:
+    """
+    Runs Top-KAST in any training loop: plain, Accelerate, TRL or Trainer.
+
+    It hooks the optimizer's step and needs no other call. Before a step it adds the exploration penalty, after it it
+    counts the step and, when one is due, chooses A and B again and moves the optimizer's state with its weights.
+
+    Make it after the optimizer and before the learning rate scheduler. The values of sparse layers are taken out of
+    the optimizer's own weight decay: the penalty has its place.
+
+    Args:
+        model (`torch.nn.Module`): a model that [`sparsify`] has made sparse, wrapped or not.
+        optimizer (`torch.optim.Optimizer`): the one that trains it, wrapped by Accelerate or not.
+        total_steps (`int`, *optional*): optimizer steps of the training; needed where `explore_until` is a fraction.
+
+    Attributes:
+        step (`int`): optimizer steps taken.
+
+    Raises:
+        ValueError: if the model has no sparse layer, if the optimizer cannot be used (the message names it and says
+            why) or does not hold a trainable layer's values, or if `explore_until` is a fraction and `total_steps` is
+            not given.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
+        self._root = sparse_root(model)
+        self.config = self._root.topkast_config
+        self.layers: dict[str, TopKastLayer] = dict(sparse_layers(model))
+        self.optimizer = unwrap_optimizer(optimizer)
+        self._choose = get_method(self.config.method)
+        self._exploration_end = exploration_end(self.config.explore_until, total_steps)
+        self.step = self._root.topkast_step = 0
+        self.mask_churn: float | None = None
+        self.refresh_seconds: float | None = None
+        self._before_step: dict[str, tuple[Tensor, Tensor]] = {}
+
+        values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
+        check_optimizer(self.optimizer, values)
+        exclude_from_weight_decay(self.optimizer, values)
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._on_step_begin),
+            self.optimizer.register_step_post_hook(self._on_step_end),
+        ]
+        if self._exploration_end == 0:
+            self.end_exploration()
+
+    def remove(self):
+        """Takes the hooks off the optimizer: from then on A and B stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # What happens around a step
+
+    @torch.no_grad()
+    def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise ValueError(
+                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the exploration "
+                "penalty cannot reach them. Call loss.backward() first and then step() without a closure."
+            )
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self.layers.items():
+            if layer.values.grad is None:
+                continue
+            active = layer.pattern.active_slots()
+            self._apply_penalty(layer.values, active, groups[id(layer.values)])
+            if self.config.exploration_lr_scale != 1:
+                exploration = (~active).nonzero().squeeze(1)
+                self._before_step[name] = (exploration, layer.values[exploration])
+
+    def _apply_penalty(self, values: nn.Parameter, active: Tensor, group: dict):
+        """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
+        if self.config.penalty == 0:
+            return
+        strength = torch.where(active, self.config.penalty, self.config.penalty / self.config.density).to(values.dtype)
+        if self.config.penalty_mode == "coupled":
+            # A fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike.
+            scale = getattr(self.optimizer, "grad_scale", None)
+            strength = strength if scale is None else strength * scale.to(values.dtype)
+            values.grad.addcmul_(strength, values)
+        else:
+            values.mul_(1 - group["lr"] * strength)
+
+    @torch.no_grad()
+    def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        for name, (exploration, before) in self._before_step.items():
+            values = self.layers[name].values
+            values[exploration] = torch.lerp(before, values[exploration], self.config.exploration_lr_scale)
+        self._before_step.clear()
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return  # the fused kernel skipped this step
+        self.step = self._root.topkast_step = self.step + 1
+        if refresh_due(self.step, self.config.refresh_every):
+            self.refresh()
+        if self.step == self._exploration_end:
+            self.end_exploration()
+
+    # Changing the sets
+
+    @torch.no_grad()
+    def refresh(self):
+        """
+        Chooses A and B of every layer again from |θ|, layer by layer; optimizer state moves with its weight.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite; the message names the layer.
+        """
+        start = time.perf_counter()
+        density = self.config.density
+        backward_density = backward_density_at(self.step, self.config, self._exploration_end)
+        members = left = 0
+        for name, layer in self.layers.items():
+            theta = layer.theta()
+            check_finite(theta, name)
+            was_active = layer.pattern.active_mask()
+            active, backward = self._choose(theta, density, backward_density)
+            self._reassign(layer, active, backward, theta)
+            members += int(was_active.sum())
+            left += int((was_active & ~active).sum())
+        self.mask_churn = left / members
+        self.refresh_seconds = time.perf_counter() - start
+
+    @torch.no_grad()
+    def end_exploration(self):
+        """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
+        for layer in self.layers.values():
+            active = layer.pattern.active_mask()
+            self._reassign(layer, active, active, layer.theta())
+
+    def _reassign(self, layer: TopKastLayer, active: Tensor, backward: Tensor, theta: Tensor):
+        stored = layer.values.shape
+        sources = layer.reassign(active, backward, theta)
+        state = self.optimizer.state.get(layer.values)
+        if state:
+            carry_state(state, stored, sources, self.config.new_state)
+
+    # What is logged and saved
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """The penalty at the present values, λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density), in nats like the loss."""
+        total = 0.0
+        for layer in self.layers.values():
+            squares = layer.values.float().square()
+            active = layer.pattern.active_slots()
+            total += float(squares[active].sum() + squares[~active].sum() / self.config.density)
+        return self.config.penalty / 2 * total
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers show, under `topkast/`: densities, churn, reservoir use, penalty and the refresh's seconds."""
+        weights = sum(layer.numel for layer in self.layers.values())
+        first_reservoir = [int(layer.initial_reservoir_size) for layer in self.layers.values()]
+        used = sum(layer.reservoir_use * size for layer, size in zip(self.layers.values(), first_reservoir))
+        metrics = {
+            "topkast/density": sum(layer.active_count for layer in self.layers.values()) / weights,
+            "topkast/backward_density": sum(layer.values.numel() for layer in self.layers.values()) / weights,
+            "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
+            "topkast/penalty": self.penalty(),
+        }
+        if self.mask_churn is not None:
+            metrics["topkast/mask_churn"] = self.mask_churn
+        if self.refresh_seconds is not None:
+            metrics["topkast/refresh_seconds"] = self.refresh_seconds
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and the last churn, as JSON types; everything else is in the model and the optimizer."""
+        return {"step": self.step, "mask_churn": self.mask_churn}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """
+        Continues from [`state_dict`]. Load the model and the optimizer as well.
+
+        Raises:
+            ValueError: if `state` has no step count.
+        """
+        if not isinstance(state.get("step"), int):
+            raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
+        self.step = self._root.topkast_step = state["step"]
+        self.mask_churn = state.get("mask_churn")

@@ -1,0 +1,128 @@
+"""
+The masked products of a sparse layer, y = x·αᵀ + b, dX = dY·α and dW|B, as torch operators over several backends.
+
+A backend is a module with three functions of one signature, `forward`, `grad_input` and `grad_values`; see
+`reference.py` for what each takes and returns.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from . import reference
+
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+
+
+def select_backend(name: str) -> str:
+    """
+    Resolves the configuration's `backend` to a key of `BACKENDS`; `"auto"` is the fastest one usable here.
+
+    Raises:
+        ValueError: if there is no such backend; the message lists those there are.
+    """
+    if name == "auto":
+        return "reference"
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is not allowed: it must be 'auto' or one of {sorted(BACKENDS)}.")
+    return name
+
+
+def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, backend: str) -> Tensor:
+    """
+    The product of a Top-KAST layer: y = x·αᵀ + b, where α holds the values of A and is zero elsewhere.
+
+    Its backward gives dX = dY·α and, for every slot of B, the dense-formula gradient dYᵀX at that place: straight
+    through for the slots of B\\A, which the forward pass does not use (the paper's §2.2).
+
+    Args:
+        x (`torch.Tensor`): floating point, (..., in).
+        values (`torch.Tensor`): floating point, (|B|,), in the slot order of `pattern`.
+        pattern ([`Pattern`]): where the values stand.
+        bias (`torch.Tensor`, *optional*): (out,).
+        backend (`str`): a key of `BACKENDS`.
+
+    Returns:
+        `torch.Tensor`: (..., out), in the dtype of `x`, or autocast's where autocast is on.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, values = x.to(dtype), values.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    structure = (pattern.row_offsets, pattern.active_counts, pattern.columns)
+    return _linear(x, values, *structure, bias, backend)
+
+
+@torch.library.custom_op("hf_topkast::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    active_counts: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
+    return BACKENDS[backend].forward(x, values, pattern, bias)
+
+
+@_linear.register_fake
+def _(x, values, row_offsets, active_counts, columns, bias, backend):
+    return x.new_empty(*x.shape[:-1], active_counts.shape[0])
+
+
+@torch.library.custom_op("hf_topkast::linear_grad_input", mutates_args=())
+def _linear_grad_input(
+    dy: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    active_counts: Tensor,
+    columns: Tensor,
+    in_features: int,
+    backend: str,
+) -> Tensor:
+    pattern = Pattern(row_offsets, active_counts, columns, in_features)
+    return BACKENDS[backend].grad_input(dy, values, pattern)
+
+
+@_linear_grad_input.register_fake
+def _(dy, values, row_offsets, active_counts, columns, in_features, backend):
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+@torch.library.custom_op("hf_topkast::linear_grad_values", mutates_args=())
+def _linear_grad_values(
+    dy: Tensor, x: Tensor, row_offsets: Tensor, active_counts: Tensor, columns: Tensor, backend: str
+) -> Tensor:
+    pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
+    return BACKENDS[backend].grad_values(dy, x, pattern)
+
+
+@_linear_grad_values.register_fake
+def _(dy, x, row_offsets, active_counts, columns, backend):
+    return x.new_empty(columns.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, row_offsets, active_counts, columns, bias, backend = inputs
+    # Only through save_for_backward: gradient checkpointing and compile drop and recompute what it holds.
+    ctx.save_for_backward(x, values, row_offsets, active_counts, columns)
+    ctx.has_bias = bias is not None
+    ctx.backend = backend
+
+
+def _backward(ctx, dy):
+    x, values, *structure = ctx.saved_tensors
+    need_x, need_values, *_, need_bias, _ = ctx.needs_input_grad
+    dx = _linear_grad_input(dy, values, *structure, x.shape[-1], ctx.backend) if need_x else None
+    dvalues = _linear_grad_values(dy, x, *structure, ctx.backend) if need_values else None
+    dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
+    return dx, dvalues, None, None, None, dbias, None
+
+
+torch.library.register_autograd("hf_topkast::linear", _backward, setup_context=_setup_context)
