@@ -89,7 +89,8 @@ class TopKastController:
         """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
         if self.config.penalty == 0:
             return
-        strength = torch.where(active, self.config.penalty, self.config.penalty / self.config.density).to(values.dtype)
+        on_active, on_exploration = self.config.penalty, self.config.penalty / self.config.density
+        strength = torch.where(active, values.new_tensor(on_active), values.new_tensor(on_exploration))
         if self.config.penalty_mode == "coupled":
             # A fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike.
             scale = getattr(self.optimizer, "grad_scale", None)

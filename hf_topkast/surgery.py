@@ -124,7 +124,7 @@ def weight_rows(dense: nn.Module) -> Tensor:
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
     """Puts `new` in every place of `model` that holds the object `old`."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
                 setattr(parent, name, new)
 

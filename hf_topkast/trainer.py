@@ -27,10 +27,14 @@ class TopKastCallback(TrainerCallback, ExportableState):
         """Makes the controller, once the optimizer is there and a resumed state is loaded."""
         if self.controller is not None:
             self.controller.remove()
-        loaded_step = sparse_root(model).topkast_step
+        root = sparse_root(model)
+        loaded_step = root.topkast_step
         self.controller = TopKastController(model, optimizer, total_steps=state.max_steps)
         if state.global_step > 0:
-            self.controller.load_state_dict(self._saved_state(state, loaded_step))
+            saved = self._saved_state(state)
+            if isinstance(root, PreTrainedModel):  # the files of other modules hold no step
+                self._check_same_moment(saved, loaded_step)
+            self.controller.load_state_dict(saved)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Adds the `topkast/` metrics for the loggers that come after this callback."""
@@ -45,7 +49,7 @@ class TopKastCallback(TrainerCallback, ExportableState):
         """The controller's state, for `trainer_state.json`."""
         return {"args": {}, "attributes": {"saved": self.controller.state_dict() if self.controller else None}}
 
-    def _saved_state(self, state, loaded_step: int) -> dict:
+    def _saved_state(self, state) -> dict:
         exported = state.stateful_callbacks.get(type(self).__name__)
         saved = exported and exported["attributes"]["saved"]
         if not saved:
@@ -54,12 +58,14 @@ class TopKastCallback(TrainerCallback, ExportableState):
                 "mask schedule cannot be resumed. Resume from a checkpoint that TopKastTrainer wrote, or start a new "
                 "training from its weights (without resume_from_checkpoint)."
             )
+        return saved
+
+    def _check_same_moment(self, saved: dict, loaded_step: int):
         if saved["step"] != loaded_step:
             raise CheckpointError(
                 f"The checkpoint mixes two moments: its trainer_state.json is of optimizer step {saved['step']}, its "
                 f"weights are of step {loaded_step}. Resume from another checkpoint."
             )
-        return saved
 
 
 class TopKastTrainerMixin:

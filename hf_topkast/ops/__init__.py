@@ -121,7 +121,7 @@ def _backward(ctx, dy):
     need_x, need_values, *_, need_bias, _ = ctx.needs_input_grad
     dx = _linear_grad_input(dy, values, *structure, x.shape[-1], ctx.backend) if need_x else None
     dvalues = _linear_grad_values(dy, x, *structure, ctx.backend) if need_values else None
-    dbias = dy.flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.has_bias and need_bias else None
     return dx, dvalues, None, None, None, dbias, None
 
 

@@ -36,7 +36,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """dW|B: the dense-formula gradient dYᵀX read at the slots of B. (..., out), (..., in) → (|B|,)."""
-    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     gradient = x.new_empty(pattern.columns.numel())
     flat = pattern.flat_index()
     rows = _rows_per_chunk(pattern)

@@ -1,0 +1,31 @@
+"""What all tests share: no network, quiet logs, and the fixtures."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+
+from pathlib import Path
+
+import pytest
+from toy_models import MAKERS
+from transformers.utils import logging
+
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def make_model(request):
+    """Makes a small model, once for each kind of layer."""
+    return MAKERS[request.param]
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data beside the project; skips the test where there is none."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared data beside the project")
+    return folder

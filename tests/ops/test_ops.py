@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from hf_topkast.ops import masked_linear, select_backend
+from hf_topkast.pattern import Pattern
+
+
+OUT, IN = 6, 5
+
+
+def problem(dtype=torch.float64, leading=(2, 3)):
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand(OUT, IN, generator=generator)
+    active, backward = draw < 0.3, draw < 0.7
+    theta = torch.randn(OUT, IN, generator=generator, dtype=torch.float64).to(dtype)
+    pattern = Pattern.from_masks(active, backward)
+    values = theta.flatten()[pattern.flat_index()].clone().requires_grad_()
+    x = torch.randn(*leading, IN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(OUT, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return theta, active, pattern, values, x, bias
+
+
+def dense_gradients(theta, active, pattern, x, bias, weights):
+    """dX, dW|B and db of sum(weights * (x·αᵀ + b)), by the dense formula."""
+    alpha = theta * active
+    rows, outer = x.detach().reshape(-1, IN), weights.reshape(-1, OUT)
+    return (outer @ alpha).view_as(x), (outer.T @ rows).flatten()[pattern.flat_index()], outer.sum(0)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_and_gradients_equal_the_dense_masked_layer(leading, with_bias):
+    theta, active, pattern, values, x, bias = problem(leading=leading)
+    y = masked_linear(x, values, pattern, bias if with_bias else None, "reference")
+    expected = x.detach() @ (theta * active).T + (bias.detach() if with_bias else 0)
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn(*leading, OUT, dtype=torch.float64)
+    (y * weights).sum().backward()
+    dx, dvalues, dbias = dense_gradients(theta, active, pattern, x, bias, weights)
+    torch.testing.assert_close(x.grad, dx)
+    torch.testing.assert_close(values.grad, dvalues)
+    if with_bias:
+        torch.testing.assert_close(bias.grad, dbias)
+
+
+def test_gradcheck_where_the_layer_is_differentiable():
+    # With B = A the straight-through gradient is the true one.
+    theta, active, _, _, x, bias = problem()
+    pattern = Pattern.from_masks(active, active)
+    values = theta.flatten()[pattern.flat_index()].clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *inputs: masked_linear(inputs[0], inputs[1], pattern, inputs[2], "reference"), (x, values, bias)
+    )
+
+
+def test_double_use_adds_gradients():
+    theta, active, pattern, values, x, _ = problem()
+    square = torch.randn(OUT, OUT, dtype=torch.float64)
+    first = masked_linear(x, values, pattern, None, "reference")
+    second = masked_linear((first @ square)[..., :IN], values, pattern, None, "reference")
+    (first.sum() + second.sum()).backward()
+
+    dense = theta.clone().requires_grad_()
+    straight = (theta * active) + (dense - dense.detach())
+    dense_first = x.detach() @ straight.T
+    dense_second = (dense_first @ square)[..., :IN] @ straight.T
+    (dense_first.sum() + dense_second.sum()).backward()
+    torch.testing.assert_close(values.grad, dense.grad.flatten()[pattern.flat_index()])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    def gradients(run):
+        _, _, pattern, values, x, bias = problem()
+        run(lambda x: masked_linear(x, values, pattern, bias, "reference"), x).square().sum().backward()
+        return x.grad, values.grad, bias.grad
+
+    plain = gradients(lambda layer, x: layer(x))
+    for got, want in zip(gradients(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant)), plain):
+        assert torch.equal(got, want)
+
+
+def test_bfloat16_equals_the_dense_masked_layer():
+    theta, active, pattern, values, x, bias = problem(torch.bfloat16, leading=(9,))
+    y = masked_linear(x, values, pattern, bias, "reference")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, torch.nn.functional.linear(x.detach(), theta * active, bias.detach()))
+    y.sum().backward()
+    assert values.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(values.grad, (torch.ones_like(y).T @ x.detach()).flatten()[pattern.flat_index()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_equals_that_of_a_dense_layer(dtype):
+    theta, active, pattern, values, x, bias = problem(torch.float32)
+    dense = (theta * active).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = masked_linear(x, values, pattern, bias, "reference")
+        expected = torch.nn.functional.linear(x.detach(), dense, bias.detach())
+    assert y.dtype == expected.dtype == dtype
+    assert torch.equal(y, expected)
+    y.float().sum().backward()
+    expected.float().sum().backward()
+    assert values.grad.dtype == torch.float32
+    torch.testing.assert_close(values.grad, dense.grad.flatten()[pattern.flat_index()])
+
+
+def test_frozen_inputs_get_no_gradient():
+    _, _, pattern, values, x, bias = problem()
+    masked_linear(x.detach(), values.detach(), pattern, bias, "reference").sum().backward()
+    assert values.grad is None and x.grad is None
+    assert bias.grad is not None
+
+
+def test_registration_is_sound():
+    _, _, pattern, values, x, bias = problem(torch.float32)
+    structure = (pattern.row_offsets, pattern.active_counts, pattern.columns)
+    for case in ((x, values, *structure, bias, "reference"), (x, values, *structure, None, "reference")):
+        result = torch.library.opcheck(torch.ops.hf_topkast.linear.default, case)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_backend_names():
+    assert select_backend("auto") == select_backend("reference") == "reference"
+    with pytest.raises(ValueError, match="backend='tpu'.*reference"):
+        select_backend("tpu")

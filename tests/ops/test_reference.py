@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from hf_topkast.ops import reference
+from hf_topkast.pattern import Pattern
+
+
+def problem(shape, tokens=7, shares=(0.3, 0.6), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(shape, generator=generator)
+    active, backward = draw < shares[0], draw < shares[1]
+    theta = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    pattern = Pattern.from_masks(active, backward)
+    x = torch.randn(tokens, shape[1], generator=generator, dtype=torch.float64).to(dtype)
+    dy = torch.randn(tokens, shape[0], generator=generator, dtype=torch.float64).to(dtype)
+    return theta, active, pattern, theta.flatten()[pattern.flat_index()], x, dy
+
+
+SHAPES = [(1, 1), (3, 5), (17, 1), (1, 33), (64, 48), (172, 31)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shares", [(0.3, 0.6), (0.0, 0.5), (0.4, 0.4), (1.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
+    theta, active, pattern, values, x, dy = problem(shape, tokens, shares)
+    alpha = theta * active
+    bias = torch.randn(shape[0], dtype=theta.dtype)
+    torch.testing.assert_close(reference.expand_active(values, pattern), alpha, rtol=0, atol=0)
+    torch.testing.assert_close(reference.forward(x, values, pattern, bias), x @ alpha.T + bias)
+    torch.testing.assert_close(reference.grad_input(dy, values, pattern), dy @ alpha)
+    dense_gradient = (dy.T @ x).flatten()[pattern.flat_index()]
+    torch.testing.assert_close(reference.grad_values(dy, x, pattern), dense_gradient)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 5, 64])
+def test_gradient_does_not_depend_on_the_chunks(rows_per_chunk, monkeypatch):
+    _, _, pattern, _, x, dy = problem((64, 48))
+    whole = (dy.T @ x).flatten()[pattern.flat_index()]
+    monkeypatch.setattr(reference, "MIN_CHUNK_ELEMENTS", rows_per_chunk * 48)
+    monkeypatch.setattr(reference, "GRADIENT_CHUNK", 0.0)
+    torch.testing.assert_close(reference.grad_values(dy, x, pattern), whole)
+
+
+def test_no_dense_gradient_exists_at_once():
+    shape = (1024, 512)
+    _, _, pattern, _, x, dy = problem(shape, tokens=4, dtype=torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.is_floating_point():
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        reference.grad_values(dy, x, pattern)
+    assert 0 < largest < shape[0] * shape[1] * 0.7  # the gradient at B itself has 0.6 n
+
+
+def test_chunks_cover_every_row_of_a_large_layer():
+    _, _, pattern, _, x, dy = problem((1000, 300), tokens=3, shares=(0.01, 0.02))
+    assert reference._rows_per_chunk(pattern) < 1000
+    torch.testing.assert_close(reference.grad_values(dy, x, pattern), (dy.T @ x).flatten()[pattern.flat_index()])

@@ -1,0 +1,354 @@
+import copy
+
+import pytest
+import torch
+from masked_reference import MaskedTraining
+from toy_models import loss_of, make_gpt2, token_batches
+
+from hf_topkast import TopKastConfig, TopKastController, sparsify
+from hf_topkast.surgery import sparse_layers
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.3, momentum=0.9)
+
+
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=False, foreach=False)
+
+
+def adamw_fused(groups):
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=True)
+
+
+def adam(groups):
+    return torch.optim.Adam(groups, lr=1e-2, amsgrad=True)
+
+
+def rmsprop(groups):
+    return torch.optim.RMSprop(groups, lr=1e-3)
+
+
+def adafactor(groups):
+    return torch.optim.Adafactor(groups, lr=1e-2)
+
+
+def train(model, config, make_optimizer, micro_batches, total_steps=None):
+    """Losses of a plain loop over lists of micro-batches, with the controller at the end."""
+    optimizer = make_optimizer(model.parameters())
+    controller = TopKastController(model, optimizer, total_steps=total_steps)
+    losses = []
+    for batches in micro_batches:
+        optimizer.zero_grad()
+        parts = [loss_of(model, tokens) / len(batches) for tokens in batches]
+        for part in parts:
+            part.backward()
+        optimizer.step()
+        losses.append(sum(part.item() for part in parts))
+    return losses, controller
+
+
+def compare_with_simulation(make_model, config, make_optimizer, steps=10, accumulation=1, dtype=torch.float64):
+    dense = make_model(dtype=dtype)
+    model = sparsify(copy.deepcopy(dense), config)
+    names = [name for name, _ in sparse_layers(model)]
+    simulation = MaskedTraining(dense, names, config, make_optimizer)
+    batches = token_batches(steps * accumulation)
+    micro_batches = [batches[step * accumulation : (step + 1) * accumulation] for step in range(steps)]
+    expected = [simulation.step(batch) for batch in micro_batches]
+    losses, controller = train(model, config, make_optimizer, micro_batches)
+    assert controller.step == steps
+    return model, simulation, losses, expected
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+@pytest.mark.parametrize("densities", [(0.2, 0.4), (0.1, 0.2), (0.2, 1.0), (0.3, 0.3)], ids=str)
+def test_training_equals_the_masked_simulation(make_model, densities, refresh_every):
+    density, backward_density = densities
+    config = TopKastConfig(
+        density=density, backward_density=backward_density, refresh_every=refresh_every, penalty=1e-2
+    )
+    _, _, losses, expected = compare_with_simulation(make_model, config, adamw, dtype=torch.float32)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, adamw, adamw_fused, rmsprop])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"penalty_mode": "decoupled", "penalty": 0.1},
+        {"new_state": "mean"},
+        {"exploration_lr_scale": 0.3},
+        {"exploration_lr_scale": 0.0, "penalty": 0.0},
+    ],
+    ids=str,
+)
+def test_weights_equal_the_masked_simulation(make_model, make_optimizer, settings):
+    config = TopKastConfig(density=0.2, refresh_every=3, **{"penalty": 1e-2, **settings})
+    model, simulation, losses, expected = compare_with_simulation(make_model, config, make_optimizer, steps=8)
+    assert losses == pytest.approx(expected, rel=1e-7)
+    for name, layer in sparse_layers(model):
+        masked = simulation.layers[name]
+        assert torch.equal(layer.pattern.active_mask(), masked.active)
+        assert torch.equal(layer.pattern.backward_mask(), masked.backward_set)
+        torch.testing.assert_close(layer.theta(), masked.theta.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_accumulation_equals_the_masked_simulation(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    _, _, losses, expected = compare_with_simulation(make_model, config, adamw, steps=5, accumulation=3)
+    assert losses == pytest.approx(expected, rel=1e-7)
+
+
+def test_gradient_checkpointing_changes_nothing(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    runs = []
+    for checkpointing in (False, True):
+        model = sparsify(make_model(), copy.deepcopy(config))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        runs.append(train(model, config, adamw, [[tokens] for tokens in token_batches(5)])[0])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, adamw, adamw_fused, rmsprop, adafactor])
+def test_parameter_gradient_and_state_have_b_elements(make_model, make_optimizer):
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    model = sparsify(make_model(), config)
+    parameters = {name: layer.values for name, layer in sparse_layers(model)}
+    _, controller = train(model, config, make_optimizer, [[tokens] for tokens in token_batches(5)])
+    for name, layer in sparse_layers(model):
+        assert layer.values is parameters[name]
+        size = round(0.4 * layer.numel)
+        assert layer.values.shape == layer.values.grad.shape == (size,)
+        moments = [v for v in controller.optimizer.state[layer.values].values() if torch.is_tensor(v) and v.ndim]
+        assert moments and all(moment.shape == (size,) for moment in moments)
+
+
+def snapshot(controller):
+    """θ and every moment as dense tensors, so that a weight keeps its place."""
+    result = {}
+    for name, layer in controller.layers.items():
+        dense = {"theta": layer.theta().flatten(), "stored": layer.pattern.backward_mask().flatten()}
+        for key, moment in controller.optimizer.state[layer.values].items():
+            if torch.is_tensor(moment) and moment.ndim:
+                dense[key] = torch.full((layer.numel,), float("nan"), dtype=moment.dtype)
+                dense[key][layer.pattern.flat_index()] = moment
+        result[name] = dense
+    return result
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, adamw_fused, rmsprop, adafactor])
+@pytest.mark.parametrize("new_state", ["zero", "mean"])
+def test_refresh_moves_state_with_its_weight(make_model, make_optimizer, new_state):
+    config = TopKastConfig(density=0.2, refresh_every=1000, new_state=new_state)
+    model = sparsify(make_model(), config)
+    _, controller = train(model, config, make_optimizer, [[tokens] for tokens in token_batches(4)])
+    with torch.no_grad():  # so that many weights change sets
+        for layer in controller.layers.values():
+            layer.values[::3] *= 0.01
+    before = snapshot(controller)
+    means = {
+        (name, key): moment.mean()
+        for name, layer in controller.layers.items()
+        for key, moment in controller.optimizer.state[layer.values].items()
+        if torch.is_tensor(moment) and moment.ndim
+    }
+    controller.refresh()
+    after = snapshot(controller)
+    assert controller.mask_churn > 0.1
+    for name in before:
+        stored, was_stored = after[name].pop("stored"), before[name].pop("stored")
+        assert torch.equal(after[name].pop("theta"), before[name].pop("theta"))
+        assert (stored & ~was_stored).any() and (was_stored & ~stored).any()
+        for key, moment in after[name].items():
+            assert torch.equal(moment[stored & was_stored], before[name][key][stored & was_stored])
+            second = key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance")
+            fresh = means[name, key] if second and new_state == "mean" else 0.0
+            assert (moment[stored & ~was_stored] == fresh).all()
+
+
+def test_reservoir_is_untouched_between_refreshes(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=1000)
+    model = sparsify(make_model(), config)
+    before = {name: layer.reservoir.clone() for name, layer in sparse_layers(model)}
+    train(model, config, adamw, [[tokens] for tokens in token_batches(5)])
+    assert all(torch.equal(layer.reservoir, before[name]) for name, layer in sparse_layers(model))
+
+
+@pytest.mark.parametrize(("explore_until", "end"), [(4, 4), (0.5, 4), (5, 5), (0, 0)])
+def test_exploration_ends_with_b_equal_to_a(make_model, explore_until, end):
+    config = TopKastConfig(density=0.2, refresh_every=2, explore_until=explore_until)
+    model = sparsify(make_model(), config)
+    optimizer = adamw(model.parameters())
+    controller = TopKastController(model, optimizer, total_steps=8)
+    for step, tokens in enumerate(token_batches(8), start=1):
+        shared = 0.2 if step > end else 0.4
+        assert all(layer.values.numel() == round(shared * layer.numel) for layer in controller.layers.values())
+        active = {name: layer.active_mask for name, layer in controller.layers.items()}
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, layer in controller.layers.items():
+            assert torch.equal(layer.active_mask, layer.backward_mask) == (step >= end)
+            if step == end and step % 2:
+                assert torch.equal(layer.active_mask, active[name])  # B := A, and A stays
+            moment = optimizer.state[layer.values]["exp_avg"]
+            assert moment.shape == layer.values.shape
+            assert moment.untyped_storage().nbytes() == layer.values.nbytes
+
+
+def test_fraction_without_total_steps_is_refused():
+    model = sparsify(make_gpt2(), density=0.2, explore_until=0.5)
+    with pytest.raises(ValueError, match="explore_until=0.5"):
+        TopKastController(model, adamw(model.parameters()))
+
+
+def test_dense_model_and_unknown_optimizer_are_refused():
+    model = make_gpt2()
+    with pytest.raises(ValueError, match="no sparse layers.*sparsify"):
+        TopKastController(model, adamw(model.parameters()))
+    optimizer = adamw(model.parameters())
+    sparsify(model, density=0.2)
+    with pytest.raises(ValueError, match="does not hold the values of layer 'transformer.h.0"):
+        TopKastController(model, optimizer)
+
+
+def test_closure_is_refused():
+    model = sparsify(make_gpt2(), density=0.2)
+    optimizer = sgd(model.parameters())
+    TopKastController(model, optimizer)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_nan_at_refresh_names_the_layer():
+    model = sparsify(make_gpt2(), density=0.2)
+    controller = TopKastController(model, sgd(model.parameters()))
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_proj.values[3] = float("nan")
+    with pytest.raises(ValueError, match=r"'transformer\.h\.1\.attn\.c_proj': 1 of its 576"):
+        controller.refresh()
+
+
+def test_frozen_layers_keep_still(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    model = sparsify(make_model(), config)
+    frozen = next(layer for _, layer in sparse_layers(model))
+    frozen.values.requires_grad_(False)
+    theta, active = frozen.theta(), frozen.active_mask
+    losses, _ = train(model, config, adamw, [[tokens] for tokens in token_batches(4)])
+    assert torch.equal(frozen.theta(), theta) and torch.equal(frozen.active_mask, active)
+    assert len(set(losses)) == 4
+
+
+def test_skipped_fp16_step_counts_for_nothing():
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=1)
+    for make_optimizer in (adamw, adamw_fused):
+        optimizer = make_optimizer(model.parameters())
+        controller = TopKastController(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for overflow in (True, False):
+            tokens = token_batches(1)[0]
+            scaler.scale(loss_of(model, tokens)).backward()
+            if overflow:
+                next(iter(controller.layers.values())).values.grad[0] = float("inf")
+            thetas = [layer.theta() for layer in controller.layers.values()]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            moved = any(not torch.equal(a, b.theta()) for a, b in zip(thetas, controller.layers.values()))
+            assert moved != overflow
+        assert controller.step == 1
+        controller.remove()
+
+
+def test_penalty_is_scaled_with_the_gradients_of_a_fused_optimizer():
+    thetas = []
+    for scale in (1.0, 1024.0):
+        model = sparsify(make_gpt2(), density=0.2, refresh_every=1000, penalty=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+        controller = TopKastController(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        tokens = token_batches(1)[0]
+        scaler.scale(loss_of(model, tokens)).backward()
+        scaler.step(optimizer)
+        thetas.append([layer.theta() for layer in controller.layers.values()])
+    for first, second in zip(*thetas):
+        torch.testing.assert_close(first, second)
+
+
+def test_removed_controller_leaves_the_optimizer_alone():
+    config = TopKastConfig(density=0.2, refresh_every=1)
+    model = sparsify(make_gpt2(), config)
+    _, controller = train(model, config, sgd, [[tokens] for tokens in token_batches(2)])
+    controller.remove()
+    controller.optimizer.step()
+    assert controller.step == 2
+
+
+def test_metrics():
+    config = TopKastConfig(density=0.2, refresh_every=2, penalty=1e-2)
+    model = sparsify(make_gpt2(), config)
+    controller = TopKastController(model, sgd(model.parameters()))
+    assert "topkast/mask_churn" not in controller.metrics()  # no refresh yet
+    controller.remove()
+    first = {name: layer.active_mask for name, layer in sparse_layers(model)}
+    reservoir = {name: ~layer.backward_mask for name, layer in sparse_layers(model)}
+    _, controller = train(model, config, sgd, [[tokens] for tokens in token_batches(2)])
+    metrics = controller.metrics()
+    assert metrics["topkast/density"] == pytest.approx(0.2, abs=1e-3)
+    assert metrics["topkast/backward_density"] == pytest.approx(0.4, abs=1e-3)
+    layers = controller.layers
+    left = sum(int((first[name] & ~layer.active_mask).sum()) for name, layer in layers.items())
+    assert metrics["topkast/mask_churn"] == left / sum(int(mask.sum()) for mask in first.values())
+    used = sum(int((reservoir[name] & layer.active_mask).sum()) for name, layer in layers.items())
+    assert metrics["topkast/reservoir_use"] == pytest.approx(
+        used / sum(int(mask.sum()) for mask in reservoir.values()), abs=1e-9
+    )
+    penalty = sum(
+        float((layer.dense_weight()[layer.active_mask] ** 2).sum())
+        + float((layer.dense_weight()[layer.backward_mask & ~layer.active_mask] ** 2).sum()) / 0.2
+        for layer in layers.values()
+    )
+    assert metrics["topkast/penalty"] == pytest.approx(1e-2 / 2 * penalty, rel=1e-5)
+    assert metrics["topkast/refresh_seconds"] > 0
+
+
+def test_plain_loop_resumes_bit_by_bit(make_model, tmp_path):
+    config = TopKastConfig(density=0.2, refresh_every=3, explore_until=8, exploration_lr_scale=0.5)
+    batches = token_batches(12)
+
+    def start():
+        model = sparsify(make_model(), copy.deepcopy(config))
+        optimizer = adamw(model.parameters())
+        return model, optimizer, TopKastController(model, optimizer)
+
+    def run(model, optimizer, batches):
+        for tokens in batches:
+            optimizer.zero_grad()
+            loss_of(model, tokens).backward()
+            optimizer.step()
+
+    straight = start()
+    run(*straight[:2], batches)
+    for cut in (5, 9):
+        first = start()
+        run(*first[:2], batches[:cut])
+        torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+        second = start()
+        for part, state in zip(second, torch.load(tmp_path / "state.pt", weights_only=True)):
+            part.load_state_dict(state)
+        run(*second[:2], batches[cut:])
+        expected, got = straight[0].state_dict(), second[0].state_dict()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_state_of_something_else_is_refused():
+    model = sparsify(make_gpt2(), density=0.2)
+    controller = TopKastController(model, sgd(model.parameters()))
+    with pytest.raises(ValueError, match="integer 'step'"):
+        controller.load_state_dict({"epoch": 3})

@@ -1,0 +1,179 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_topkast.layers import TopKastConv1D, TopKastLinear
+from hf_topkast.methods.topkast import choose
+
+
+def make_linear(bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(10, 7, bias=bias)
+
+
+def make_conv1d():
+    torch.manual_seed(0)
+    return Conv1D(7, 10)
+
+
+def rows(dense):
+    weight = dense.weight.detach()
+    return weight.T.contiguous() if isinstance(dense, Conv1D) else weight
+
+
+def make_sparse(dense, density=0.2, backward_density=0.5):
+    kind = TopKastConv1D if isinstance(dense, Conv1D) else TopKastLinear
+    return kind(dense, *choose(rows(dense), density, backward_density))
+
+
+KINDS = {"linear": make_linear, "no bias": lambda: make_linear(bias=False), "conv1d": make_conv1d}
+
+
+@pytest.fixture(params=KINDS)
+def dense(request):
+    return KINDS[request.param]()
+
+
+def test_views_are_in_the_stock_layout(dense):
+    layer = make_sparse(dense)
+    active, backward = choose(rows(dense), 0.2, 0.5)
+    if isinstance(dense, Conv1D):
+        active, backward = active.T, backward.T
+    assert torch.equal(layer.active_mask, active)
+    assert torch.equal(layer.backward_mask, backward)
+    assert torch.equal(layer.weight, dense.weight * active)
+    assert torch.equal(layer.dense_weight(), dense.weight)
+    assert (layer.density, layer.backward_density) == (14 / 70, 35 / 70)
+
+
+def test_tools_find_the_layer_by_its_stock_type(dense):
+    layer = make_sparse(dense)
+    assert isinstance(layer, type(dense))
+    for name in ("in_features", "out_features", "nx", "nf"):
+        assert getattr(layer, name, None) == getattr(dense, name, None)
+    assert [name for name, _ in layer.named_parameters()] == ["values", "bias"][: 1 + (dense.bias is not None)]
+
+
+def test_forward_equals_the_masked_dense_layer(dense):
+    layer, x = make_sparse(dense), torch.randn(2, 3, 10)
+    with torch.no_grad():
+        dense.weight.mul_(layer.active_mask)
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_stored_numbers(dense):
+    layer = make_sparse(dense)
+    layer(torch.randn(4, 10)).sum().backward()
+    assert layer.values.shape == layer.values.grad.shape == layer.columns.shape == (35,)
+    assert layer.reservoir.numel() == 70 - 35
+    assert layer.columns.dtype == torch.int16
+    assert max(tensor.numel() for tensor in [*layer.parameters(), *layer.buffers()]) == 35
+
+
+def test_weight_is_read_only(dense):
+    layer = make_sparse(dense)
+    with pytest.raises(AttributeError):
+        layer.weight = torch.zeros_like(layer.weight)
+    with pytest.raises(KeyError):
+        layer.weight = nn.Parameter(layer.weight)
+    before = layer.dense_weight()
+    layer.weight.zero_()
+    assert torch.equal(layer.dense_weight(), before)
+
+
+def test_reassign_keeps_the_parameter_and_every_weight(dense):
+    layer = make_sparse(dense)
+    values, theta = layer.values, layer.theta()
+    layer(torch.randn(4, 10)).sum().backward()
+    draw = torch.rand(7, 10)
+    active, backward = choose(draw, 0.2, 0.5)
+    places = layer.pattern.flat_index()
+    sources = layer.reassign(active, backward)
+    assert layer.values is values and values.grad is None
+    assert torch.equal(layer.theta(), theta)
+    assert torch.equal(layer.pattern.active_mask(), active)
+    assert torch.equal(layer.pattern.backward_mask(), backward)
+    stays = sources >= 0
+    assert torch.equal(places[sources[stays]], layer.pattern.flat_index()[stays])
+
+
+def test_reassign_to_fewer_weights_gives_memory_back(dense):
+    layer = make_sparse(dense)
+    values, theta, active = layer.values, layer.theta(), layer.pattern.active_mask()
+    layer.reassign(active, active)
+    assert layer.values is values
+    assert values.numel() == layer.columns.numel() == 14
+    assert values.untyped_storage().nbytes() == 14 * 4
+    assert layer.reservoir.numel() == 70 - 14
+    assert torch.equal(layer.theta(), theta)
+
+
+def test_reservoir_use_counts_first_visits_to_a(dense):
+    layer = make_sparse(dense)
+    assert layer.reservoir_use == 0
+    reservoir = ~layer.pattern.backward_mask()
+    visitors = torch.zeros_like(reservoir)
+    visitors.view(-1)[reservoir.flatten().nonzero()[:7]] = True
+    start = layer.pattern.active_mask(), layer.pattern.backward_mask()
+    layer.reassign(visitors, visitors)
+    layer.reassign(*start)
+    layer.reassign(visitors, visitors)
+    assert layer.reservoir_use == pytest.approx(7 / 35)
+
+
+def test_state_dict_is_complete(dense):
+    layer = make_sparse(dense)
+    other = make_sparse(copy.deepcopy(dense))
+    with torch.no_grad():
+        layer.values.add_(1.0)
+    layer.reassign(*choose(torch.rand(7, 10), 0.1, 0.3))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.theta(), layer.theta())
+    assert torch.equal(other.active_mask, layer.active_mask)
+    assert torch.equal(other.backward_mask, layer.backward_mask)
+    assert other.reservoir_use == layer.reservoir_use
+
+
+def test_dense_state_dict_is_refused_even_when_not_strict(dense):
+    layer = make_sparse(dense)
+    with pytest.raises(RuntimeError, match="is sparse, but the state dict holds a dense.*from_pretrained"):
+        nn.ModuleDict({"fc": layer}).load_state_dict({"fc.weight": dense.weight}, strict=False)
+
+
+@pytest.mark.parametrize("key", ["values", "columns", "reservoir", "row_offsets"])
+def test_inconsistent_state_dict_is_refused(dense, key):
+    layer = make_sparse(dense)
+    state = layer.state_dict()
+    state[key] = state[key][:-1].clone()
+    with pytest.raises(RuntimeError, match="Layer"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_equal_and_independent(dense, clone):
+    layer = make_sparse(dense)
+    twin = clone(layer)
+    x = torch.randn(2, 10)
+    assert torch.equal(twin(x), layer(x))
+    with torch.no_grad():
+        twin.values.zero_()
+    assert layer.values.any()
+
+
+def test_half_keeps_the_indices(dense):
+    layer = make_sparse(dense).to(torch.bfloat16)
+    assert layer.values.dtype == layer.reservoir.dtype == torch.bfloat16
+    assert layer.columns.dtype == torch.int16
+    assert layer(torch.randn(2, 10, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_to_dense_gives_the_stock_layer_back(dense):
+    layer = make_sparse(dense)
+    back = layer.to_dense(layer.weight)
+    assert type(back) is type(dense)
+    assert torch.equal(back.weight, layer.weight)
+    assert back.bias is layer.bias

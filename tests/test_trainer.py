@@ -1,0 +1,287 @@
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from toy_models import VOCABULARY, make_gpt2, make_llama
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_topkast import (
+    CheckpointError,
+    TopKastCallback,
+    TopKastConfig,
+    TopKastController,
+    TopKastTrainer,
+    TopKastTrainerMixin,
+    sparsify,
+)
+from hf_topkast.checkpoint import STATE_NAME
+from hf_topkast.surgery import sparse_layers
+
+
+CONFIG = TopKastConfig(density=0.2, refresh_every=3, penalty=1e-3)
+
+
+def make_dataset(count=48):
+    generator = torch.Generator().manual_seed(3)
+    sequences = torch.randint(0, VOCABULARY, (count, 12), generator=generator)
+    return [{"input_ids": tokens, "labels": tokens} for tokens in sequences]
+
+
+def make_trainer(directory, make_model=make_gpt2, config=CONFIG, kind=TopKastTrainer, callbacks=None, **settings):
+    defaults = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 7,
+    }
+    model = sparsify(make_model(), copy.deepcopy(config))
+    args = TrainingArguments(output_dir=str(directory), **{**defaults, **settings})
+    data = make_dataset()
+    return kind(model=model, args=args, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks)
+
+
+def same_weights(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_equals_a_plain_loop(make_model, tmp_path):
+    trainer = make_trainer(tmp_path, make_model, lr_scheduler_type="constant", max_grad_norm=0.5)
+    batches = []
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: batches.append(inputs) or step(model, inputs, *rest)
+    trainer.train()
+
+    model = sparsify(make_model(), copy.deepcopy(CONFIG)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    TopKastController(model, optimizer)
+    for inputs in batches:
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    for (name, layer), (_, other) in zip(sparse_layers(trainer.model), sparse_layers(model)):
+        assert torch.equal(layer.active_mask, other.active_mask), name
+        torch.testing.assert_close(layer.theta(), other.theta(), rtol=1e-4, atol=1e-6)
+
+
+def test_logs_reach_every_logger(tmp_path):
+    seen = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make_trainer(tmp_path, callbacks=[Logger()])
+    trainer.train()
+    keys = {"density", "backward_density", "mask_churn", "reservoir_use", "penalty", "refresh_seconds"}
+    for history in (trainer.state.log_history, seen):
+        losses = [logs for logs in history if "loss" in logs]
+        assert len(losses) == 10
+        assert {key.removeprefix("topkast/") for key in losses[-1] if key.startswith("topkast/")} == keys
+        assert losses[-1]["topkast/density"] == pytest.approx(0.2, abs=1e-3)
+        assert all(math.isfinite(value) for key, value in losses[-1].items() if key.startswith("topkast/"))
+
+
+def test_sparse_values_get_no_weight_decay(make_model, tmp_path):
+    trainer = make_trainer(tmp_path, make_model, weight_decay=0.1, max_steps=1)
+    trainer.train()
+    values = {id(layer.values) for _, layer in sparse_layers(trainer.model)}
+    decay = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {decay[key] for key in values} == {0.0}
+    embeddings = trainer.model.get_input_embeddings().weight
+    assert decay[id(embeddings)] == 0.1
+
+
+@pytest.mark.parametrize("cut", [4, 6, 9])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_is_bit_exact(make_model, tmp_path, cut, accumulation):
+    config = TopKastConfig(density=0.2, refresh_every=3, explore_until=7, exploration_lr_scale=0.5)
+    settings = {"config": config, "gradient_accumulation_steps": accumulation, "save_strategy": "steps"}
+    straight = make_trainer(tmp_path / "straight", make_model, save_steps=cut, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path / "resumed", make_model, save_steps=cut, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{cut}"))
+    assert resumed.topkast_controller.step == 10
+    assert same_weights(straight.model, resumed.model)
+    ends = [trainer.state.log_history[-2] for trainer in (straight, resumed)]
+    assert ends[0]["topkast/mask_churn"] == ends[1]["topkast/mask_churn"]
+    assert ends[0]["loss"] == ends[1]["loss"]
+
+
+KILLED_RUN = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+from test_trainer import TrainerCallback, make_trainer
+
+class Kill(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+make_trainer(sys.argv[2], save_strategy="steps", save_steps=4, callbacks=[Kill()]).train()
+"""
+
+
+def test_sigkill_at_a_checkpoint_loses_nothing(tmp_path):
+    straight = make_trainer(tmp_path / "straight")
+    straight.train()
+    run = subprocess.run([sys.executable, "-c", KILLED_RUN, os.pathsep.join(sys.path), str(tmp_path / "killed")])
+    assert run.returncode == -signal.SIGKILL
+    resumed = make_trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert same_weights(straight.model, resumed.model)
+
+
+def checkpointed(directory, **settings):
+    make_trainer(directory, save_strategy="steps", save_steps=4, max_steps=4, **settings).train()
+    return directory / "checkpoint-4"
+
+
+def test_resume_without_state_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    (checkpoint / STATE_NAME).unlink()
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_without_the_schedule_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"].pop("TopKastCallback")
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="no Top-KAST state in its trainer_state.json"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_from_two_moments_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text().replace('"step": 4,', '"step": 3,'))
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["TopKastCallback"]["attributes"]["saved"]["step"] = 3
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="mixes two moments.*step 3.*step 4"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_stock_trainer_cannot_resume_silently(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
+    with pytest.raises(RuntimeError, match="is sparse, but the state dict holds a dense"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_callback_in_a_stock_trainer(tmp_path):
+    mine, stock = make_trainer(tmp_path), make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
+    mine.train()
+    stock.train()
+    assert same_weights(mine.model, stock.model)
+
+
+def test_mixin_on_another_trainer(tmp_path):
+    class Other(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            self.called = True
+            return super().compute_loss(*args, **kwargs)
+
+    class Mixed(TopKastTrainerMixin, Other):
+        pass
+
+    trainer = make_trainer(tmp_path, kind=Mixed)
+    trainer.train()
+    assert trainer.called and trainer.topkast_controller.step == 10
+
+
+def test_dense_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no sparse layers.*sparsify"):
+        TopKastTrainer(model=make_gpt2(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_best_model_and_save_limit(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        learning_rate=5e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert len(losses) == 5
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert same_weights(best, trainer.model)
+
+
+def test_evaluate_and_predict(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    data = make_dataset(8)
+    output = trainer.predict(data)
+    assert output.predictions.shape == (8, 12, VOCABULARY)
+    assert output.metrics["test_loss"] == pytest.approx(trainer.evaluate(data)["eval_loss"])
+
+
+def test_early_stopping_and_second_training(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        learning_rate=1.0,
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(1)],
+    )
+    trainer.train()
+    assert trainer.state.global_step < 10
+    trainer.train()  # the first controller's hooks are gone: steps are counted once
+    assert trainer.topkast_controller.step == trainer.state.global_step
+
+
+def test_bfloat16_autocast(tmp_path):
+    trainer = make_trainer(tmp_path, make_llama, bf16=True)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(layer.values.dtype == torch.float32 for _, layer in sparse_layers(trainer.model))
+    assert math.isfinite(losses[-1])
+
+
+def test_any_module_is_saved_as_its_state_dict(tmp_path):
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.fc(self.embed(input_ids)).relu())
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    config = TopKastConfig(density=0.2, refresh_every=3, target_modules=["fc"])
+    settings = {"make_model": Toy, "config": config, "save_strategy": "steps", "save_steps": 5}
+    straight = make_trainer(tmp_path, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same_weights(straight.model, resumed.model)
