@@ -106,6 +106,17 @@ def test_autocast_equals_that_of_a_dense_layer(dtype):
     torch.testing.assert_close(values.grad, dense.grad.flatten()[pattern.flat_index()])
 
 
+def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
+    shape = (40, 30)
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    pattern = Pattern.from_masks(draw < 0.1, draw < 0.2)
+    values = torch.randn(pattern.columns.numel(), requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        masked_linear(torch.randn(2, 30), values, pattern, None, "reference").sum()
+    assert kept and max(kept) == values.numel() < 40 * 30
+
+
 def test_frozen_inputs_get_no_gradient():
     _, _, pattern, values, x, bias = problem()
     masked_linear(x.detach(), values.detach(), pattern, bias, "reference").sum().backward()
