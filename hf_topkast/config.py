@@ -45,7 +45,8 @@ class TopKastConfig(QuantizationConfigMixin):
         exclude_modules (`list[str]` or `str`, *optional*):
             Names of layers that stay dense, by the same rules.
         reservoir_device (`str`, *optional*, defaults to `"same"`):
-            Where the weights outside B rest. `"same"`: beside the layer.
+            Where the weights outside B rest: `"same"`, beside the layer; `"cpu"`, in host memory; `"disk"`, in a
+            memory-mapped temporary file. Only refresh touches them.
         backend (`str`, *optional*, defaults to `"auto"`):
             Which implementation of the masked products runs, a key of `hf_topkast.ops.BACKENDS`, or `"auto"`.
 
@@ -86,7 +87,7 @@ class TopKastConfig(QuantizationConfigMixin):
         default=None, metadata={"help": "Layers that stay dense: suffixes or one regex."}
     )
     reservoir_device: str = field(
-        default="same", metadata={"help": "Where the weights outside B rest.", "choices": ["same"]}
+        default="same", metadata={"help": "Where the weights outside B rest.", "choices": ["same", "cpu", "disk"]}
     )
     backend: str = field(
         default="auto", metadata={"help": "Implementation of the masked products; 'auto' picks the fastest usable."}

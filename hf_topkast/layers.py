@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from .ops import masked_linear, select_backend
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
-from .reservoir import assemble_theta, take_reservoir
+from .reservoir import assemble_theta, put_to_rest, take_reservoir
 
 
 STRUCTURE = ("row_offsets", "active_counts", "columns")
@@ -21,23 +21,28 @@ class TopKastLayer(nn.Module):
     Attributes:
         values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`; one object for life.
         row_offsets, active_counts, columns (`torch.Tensor`): the buffers behind `pattern`.
-        reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight.
+        reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
+            or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
     """
 
     stores_transposed = False
 
-    def _build(self, dense: nn.Module, active: Tensor, backward: Tensor, backend: str):
+    def _build(self, dense: nn.Module, active: Tensor, backward: Tensor, backend: str, reservoir_device: str):
         """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
         theta = self.to_rows(dense.weight.detach())
-        self.backend = select_backend(backend)
+        self.backend, self.reservoir_device = select_backend(backend), reservoir_device
         pattern = Pattern.from_masks(active, backward)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         self.register_parameter("bias", dense.bias)
         for name in STRUCTURE:
             self.register_buffer(name, getattr(pattern, name))
-        self.register_buffer("reservoir", take_reservoir(theta, backward))
+        reservoir = take_reservoir(theta, backward)
+        if reservoir_device == "same":
+            self.register_buffer("reservoir", reservoir)
+        else:
+            self.reservoir = put_to_rest(reservoir, reservoir_device)
         self.register_buffer("unvisited", pack_bits(~backward))
         self.register_buffer("initial_reservoir_size", torch.tensor(self.reservoir.numel()))
         self.train(dense.training)
@@ -126,12 +131,38 @@ class TopKastLayer(nn.Module):
         self.unvisited &= ~pack_bits(active)
         return sources
 
+    @property
+    def _rests_elsewhere(self) -> bool:
+        return self.reservoir_device != "same"
+
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
         if current.shape == new.shape:
             current.copy_(new)
+        elif name == "reservoir" and self._rests_elsewhere:
+            self.reservoir = put_to_rest(new, self.reservoir_device)
         else:  # the same tensor object, so that optimizers and hooks keep hold of it
-            current.data = new.to(current)
+            new = new.to(current)
+            # A loss of the last step that is still referenced keeps autograd's accumulator of the former size alive;
+            # only a change of dtype makes torch drop it.
+            current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
+            current.data = new
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
+            self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
+            self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._rests_elsewhere:
+            destination[f"{prefix}reservoir"] = self.reservoir
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
@@ -146,6 +177,13 @@ class TopKastLayer(nn.Module):
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self._rests_elsewhere:  # no buffer, so torch does not know the key
+            key = f"{prefix}reservoir"
+            if key in state_dict:
+                self.reservoir.copy_(state_dict[key])
+                unexpected[:] = [other for other in unexpected if other != key]
+            elif strict:
+                missing.append(key)
 
     def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
         """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
@@ -161,9 +199,8 @@ class TopKastLayer(nn.Module):
         if int(sized["row_offsets"][-1]) != stored:
             return f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds {stored} values."
         for name in ("values", "columns", "reservoir"):
-            current = getattr(self, name)
-            if current.shape != sized[name].shape:
-                current.data = current.new_empty(sized[name].shape)
+            if getattr(self, name).shape != sized[name].shape:
+                self._write(name, sized[name].detach())
         return None
 
     def to_rows(self, stock: Tensor) -> Tensor:
@@ -195,12 +232,20 @@ class TopKastLinear(TopKastLayer, nn.Linear):
         active (`torch.Tensor`): bool, (out, in): the set A.
         backward (`torch.Tensor`): bool, (out, in): the set B ⊇ A.
         backend (`str`, *optional*, defaults to `"auto"`): implementation of the masked products.
+        reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
     """
 
-    def __init__(self, dense: nn.Linear, active: Tensor, backward: Tensor, backend: str = "auto"):
+    def __init__(
+        self,
+        dense: nn.Linear,
+        active: Tensor,
+        backward: Tensor,
+        backend: str = "auto",
+        reservoir_device: str = "same",
+    ):
         nn.Module.__init__(self)  # not nn.Linear's: that would allocate the dense weight
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        self._build(dense, active, backward, backend)
+        self._build(dense, active, backward, backend, reservoir_device)
 
     def _features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -220,14 +265,22 @@ class TopKastConv1D(TopKastLayer, Conv1D):
         active (`torch.Tensor`): bool, (out, in): the set A.
         backward (`torch.Tensor`): bool, (out, in): the set B ⊇ A.
         backend (`str`, *optional*, defaults to `"auto"`): implementation of the masked products.
+        reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
     """
 
     stores_transposed = True
 
-    def __init__(self, dense: Conv1D, active: Tensor, backward: Tensor, backend: str = "auto"):
+    def __init__(
+        self,
+        dense: Conv1D,
+        active: Tensor,
+        backward: Tensor,
+        backend: str = "auto",
+        reservoir_device: str = "same",
+    ):
         nn.Module.__init__(self)  # not Conv1D's: that would allocate the dense weight
         self.nx, self.nf = dense.nx, dense.nf
-        self._build(dense, active, backward, backend)
+        self._build(dense, active, backward, backend, reservoir_device)
 
     def _features(self) -> tuple[int, int]:
         return self.nx, self.nf

@@ -26,7 +26,16 @@ from .checkpoint import (
     write_state,
 )
 from .config import QUANT_METHOD, TopKastConfig
-from .surgery import SPARSE_TYPES, mark_sparse, replace_module, sparse_layers, sparse_root, sparsify, weight_rows
+from .surgery import (
+    SPARSE_TYPES,
+    make_sparse,
+    mark_sparse,
+    replace_module,
+    sparse_layers,
+    sparse_root,
+    sparsify,
+    weight_rows,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +115,7 @@ def rebuild(model: nn.Module, state: SparseState):
     for name, theta in thetas.items():
         dense = modules[name]
         active, backward = (mask.to(theta.device) for mask in state.masks(name))
-        layer = SPARSE_TYPES[type(dense)](dense, active, backward, state.config.backend)
+        layer = make_sparse(dense, active, backward, state.config)
         restore_layer(layer, theta, state, name)
         replace_module(model, dense, layer)
     mark_sparse(model, state.config, state.step)

@@ -39,7 +39,7 @@ class SparsityReport:
         backward_density (`float`): Σ|B| / Σn over the sparse layers.
         dense_parameters (`int`): parameters outside the sparse layers' weights: embeddings, head, norms, biases.
         trainable_state_bytes (`int`): the whole model in training with Adam: parameters, gradients and both moments
-            of what is trainable, and indices and reservoir of the sparse layers.
+            of what is trainable, and indices and reservoir of the sparse layers (but not a reservoir on disk).
         dense_state_bytes (`int`): the same for the dense model.
     """
 
@@ -117,7 +117,9 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 def _row(name: str, layer: TopKastLayer) -> LayerRow:
     copies = COPIES_IN_TRAINING if layer.values.requires_grad else 1
-    buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING, "reservoir")]
+    buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING)]
+    if layer.reservoir_device != "disk":
+        buffers.append(layer.reservoir)
     return LayerRow(
         name=name,
         type=type(layer).__name__,

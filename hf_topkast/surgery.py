@@ -58,7 +58,7 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         check_finite(dense.weight.detach(), name)
     for dense in targets.values():
         active, backward = choose(weight_rows(dense), config.density, config.backward_density)
-        replace_module(model, dense, SPARSE_TYPES[type(dense)](dense, active, backward, config.backend))
+        replace_module(model, dense, make_sparse(dense, active, backward, config))
     mark_sparse(model, config)
     _log_summary(model, config)
     return model
@@ -113,6 +113,11 @@ def sparse_root(model: nn.Module) -> nn.Module:
         if "topkast_config" in module.__dict__:
             return module
     raise ValueError("The model has no sparse layers: call sparsify(model, density=...) before training.")
+
+
+def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
+    """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
+    return SPARSE_TYPES[type(dense)](dense, active, backward, config.backend, config.reservoir_device)
 
 
 def weight_rows(dense: nn.Module) -> Tensor:

@@ -102,6 +102,18 @@ def test_accumulation_equals_the_masked_simulation(make_model):
     assert losses == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_reservoir_device_changes_nothing(make_model, device):
+    runs = []
+    for place in ("same", device):
+        config = TopKastConfig(density=0.2, refresh_every=2, explore_until=4, reservoir_device=place)
+        model = sparsify(make_model(), config)
+        losses, _ = train(model, config, adamw, [[tokens] for tokens in token_batches(6)])
+        runs.append((losses, [layer.theta() for _, layer in sparse_layers(model)]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(first, second) for first, second in zip(runs[0][1], runs[1][1]))
+
+
 def test_gradient_checkpointing_changes_nothing(make_model):
     config = TopKastConfig(density=0.2, refresh_every=2)
     runs = []

@@ -25,9 +25,9 @@ def rows(dense):
     return weight.T.contiguous() if isinstance(dense, Conv1D) else weight
 
 
-def make_sparse(dense, density=0.2, backward_density=0.5):
+def make_sparse(dense, density=0.2, backward_density=0.5, **settings):
     kind = TopKastConv1D if isinstance(dense, Conv1D) else TopKastLinear
-    return kind(dense, *choose(rows(dense), density, backward_density))
+    return kind(dense, *choose(rows(dense), density, backward_density), **settings)
 
 
 KINDS = {"linear": make_linear, "no bias": lambda: make_linear(bias=False), "conv1d": make_conv1d}
@@ -177,3 +177,53 @@ def test_to_dense_gives_the_stock_layer_back(dense):
     assert type(back) is type(dense)
     assert torch.equal(back.weight, layer.weight)
     assert back.bias is layer.bias
+
+
+@pytest.mark.parametrize("device", ["same", "cpu", "disk"])
+class TestReservoirDevice:
+    """A layer does the same wherever its reservoir rests."""
+
+    def test_state_dict_round_trip(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device)
+        layer.reassign(*choose(torch.rand(7, 10), 0.1, 0.3))
+        state = layer.state_dict()
+        assert state.keys() == make_sparse(dense).state_dict().keys()
+        other = make_sparse(dense, reservoir_device=device)
+        other.load_state_dict(state)
+        assert torch.equal(other.theta(), layer.theta())
+        state.pop("reservoir")
+        with pytest.raises(RuntimeError, match='Missing.*"reservoir"'):
+            other.load_state_dict(state)
+
+    def test_reassign_and_shrink(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device)
+        theta = layer.theta()
+        layer.reassign(*choose(torch.rand(7, 10), 0.2, 0.5))
+        assert torch.equal(layer.theta(), theta)
+        active = layer.pattern.active_mask()
+        layer.reassign(active, active)
+        assert torch.equal(layer.theta(), theta)
+
+    def test_copies_rest_at_the_same_place(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            twin.reservoir.zero_()
+            assert layer.reservoir.all()
+            assert twin.reservoir_device == device
+            assert ("reservoir" in dict(twin.named_buffers())) == (device == "same")
+
+    def test_dtype_follows_the_layer(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device)
+        theta = layer.theta()
+        assert torch.equal(layer.to(torch.bfloat16).theta(), theta.to(torch.bfloat16))
+        assert layer.reservoir.dtype == torch.bfloat16
+
+    def test_only_same_moves_with_the_layer(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device).to("meta")
+        assert layer.values.device.type == "meta"
+        assert layer.reservoir.device.type == ("meta" if device == "same" else "cpu")
+
+    def test_a_layer_without_reservoir(self, dense, device):
+        layer = make_sparse(dense, density=0.5, backward_density=1.0, reservoir_device=device)
+        assert layer.reservoir.numel() == 0 and layer.reservoir_use == 0
+        assert torch.equal(layer.dense_weight(), dense.weight)

@@ -20,6 +20,14 @@ def test_totals_agree_with_the_model(make_model):
     assert report.dense_state_bytes == 4 * 4 * parameters
 
 
+def test_a_reservoir_on_disk_takes_no_memory():
+    same, disk = (
+        sparsity_report(sparsify(make_gpt2(), density=0.2, reservoir_device=device)) for device in ("same", "disk")
+    )
+    reservoir = sum(4 * (row.weights - row.stored) for row in same.rows)
+    assert same.trainable_state_bytes - disk.trainable_state_bytes == reservoir
+
+
 def live_bytes(model, optimizer):
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
