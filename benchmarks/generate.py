@@ -1,0 +1,58 @@
+"""
+Tokens per second of `generate()` at batch 1, sparse against dense, in one process.
+
+    OMP_PROC_BIND=true OMP_PLACES={0},{1} python benchmarks/generate.py [--width 1024] [--layers 4] [--json FILE]
+
+One token at a time is bound by reading weights, so fewer weights are less time. Rounds are interleaved; the ratio is
+the median over the rounds.
+"""
+
+import statistics
+
+import torch
+from measure import interleaved, make_gpt2, make_parser, median_ratio, report
+
+from hf_topkast import sparsify
+
+
+def main():
+    """Prints the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    def model():
+        return make_gpt2(args.layers, args.width, 256, args.vocabulary).eval()
+
+    prompt = torch.randint(1, args.vocabulary, (1, 8))
+
+    def generator(model):
+        length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
+        return lambda: model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **length
+        )
+
+    rows = []
+    for density in (0.2, 0.1, 0.05):
+        runs = {"dense": generator(model()), "sparse": generator(sparsify(model(), density=density))}
+        seconds = interleaved(runs, args.rounds)
+        rate = {name: args.new_tokens / statistics.median(seconds[name]) for name in runs}
+        rows.append(
+            {
+                "width": args.width,
+                "density": density,
+                "dense tokens/s": rate["dense"],
+                "sparse tokens/s": rate["sparse"],
+                "sparse / dense": median_ratio(seconds["dense"], seconds["sparse"]),
+            }
+        )
+    report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

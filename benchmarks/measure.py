@@ -1,0 +1,108 @@
+"""What the benchmarks share: interleaved timing, the models, the machine, and the output."""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_topkast
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """
+    Times functions in turn, round by round, so that whatever disturbs the machine meets all of them.
+
+    Args:
+        runs (`dict[str, Callable]`): what to time, by name; each is called once before the clock starts.
+        rounds (`int`): calls of each.
+
+    Returns:
+        `dict[str, list[float]]`: seconds of each round, by name.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median over the rounds of one time over the other of the same round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator))
+
+
+def make_gpt2(layers: int, width: int, positions: int, vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
+    """A GPT-2-style model with heads of 64 and a fused GELU, freshly initialised; the same for the same seed."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=max(1, width // 64),
+        n_positions=positions,
+        vocab_size=vocabulary,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def machine() -> dict[str, str]:
+    """Processor or GPU, threads, versions and date of a measurement."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return {
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_topkast": hf_topkast.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name with its widest vector instructions."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A command line with `--json` and `--threads`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the measurement to this file")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    return parser
+
+
+def report(rows: list[dict], path: Path | None):
+    """Prints rows of equal keys as a Markdown table below the machine, and writes both as JSON if asked."""
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + " --- |" * len(rows[0]))
+    for row in rows:
+        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+        print("| " + " | ".join(cells) + " |")
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
