@@ -13,6 +13,7 @@ import time
 
 import torch
 from measure import interleaved, make_gpt2, make_parser, median_ratio, report
+from transformers.pytorch_utils import Conv1D
 
 from hf_topkast import TopKastController, sparsify
 
@@ -23,7 +24,7 @@ SETTINGS = [(0.2, 0.4), (0.1, 0.2), (0.05, 0.1)]
 class Step:
     """One model's training step, with the seconds of its three parts."""
 
-    def __init__(self, model, tokens, refresh_every=100):
+    def __init__(self, model, tokens):
         self.model, self.tokens = model, tokens
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         self.parts: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
@@ -43,14 +44,10 @@ class Step:
 
 def projection_seconds(model, tokens: int, rounds: int = 5) -> float:
     """Seconds of a dense model's projections alone, forward, dX and dW together, on as many tokens."""
-    shapes = [
-        tuple(m.weight.shape)
-        for b in model.transformer.h
-        for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
-    ]
+    shapes = [tuple(module.weight.shape) for module in model.modules() if isinstance(module, Conv1D)]
     problems = {
-        shape: (torch.randn(tokens, shape[0]), torch.randn(shape), torch.randn(tokens, shape[1]))
-        for shape in set(shapes)
+        (n_in, n_out): (torch.randn(tokens, n_in), torch.randn(n_in, n_out), torch.randn(tokens, n_out))
+        for n_in, n_out in shapes
     }
 
     def products():
@@ -79,10 +76,8 @@ def main():
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.context))
     rows = []
     for density, backward_density in SETTINGS:
-        dense, sparse = (
-            Step(model(), tokens),
-            Step(sparsify(model(), density=density, backward_density=backward_density), tokens),
-        )
+        settings = {"density": density, "backward_density": backward_density}
+        dense, sparse = Step(model(), tokens), Step(sparsify(model(), **settings), tokens)
         controller = TopKastController(sparse.model, sparse.optimizer)
         seconds = interleaved({"dense": dense, "sparse": sparse}, args.rounds)
         dense_step, sparse_step = (statistics.median(seconds[name]) for name in ("dense", "sparse"))

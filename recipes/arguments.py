@@ -1,0 +1,128 @@
+"""The settings of a run: fields of five dataclasses, from one flat YAML file and the command line."""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_topkast import TopKastConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which model, made how."""
+
+    model_type: str = field(default="gpt2", metadata={"help": "Architecture of a new model, such as gpt2 or llama."})
+    config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of the new model's configuration: a mapping in YAML, JSON on the command line."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Fine-tune this model of the hub or a directory instead of a new one."}
+    )
+    sparse: bool = field(default=True, metadata={"help": "Train with Top-KAST; false is the dense baseline."})
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = json.loads(self.config_overrides)
+        if self.config_overrides and self.model_name_or_path:
+            raise ValueError("`config_overrides` is for new models: leave it out, or leave out `model_name_or_path`.")
+
+
+@dataclass
+class DataArguments:
+    """Which text, how much of it, and how it is cut up."""
+
+    dataset: Literal["enwik8", "wikitext103", "stdlib", "text"] = field(
+        default="stdlib", metadata={"help": "stdlib is Python's own source, which every machine has."}
+    )
+    data_file: str | None = field(default=None, metadata={"help": "Local file, or zip of it, for enwik8 and text."})
+    data_dir: str | None = field(default=None, metadata={"help": "Local folder of wiki.train.raw and so on."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub id or directory. Default: the 256 bytes (not for wikitext103)."}
+    )
+    window: int = field(default=256, metadata={"help": "Tokens in a window, in training and evaluation."})
+    max_train_bytes: int | None = field(default=None, metadata={"help": "Train on the first so many bytes only."})
+    max_eval_bytes: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first so many bytes of valid and of test only."}
+    )
+    cache_dir: str = field(default="~/.cache/hf_topkast", metadata={"help": "Folder for the tokenized text."})
+
+    def __post_init__(self):
+        if self.dataset == "wikitext103" and self.tokenizer is None:
+            raise ValueError("`dataset: wikitext103` is counted in words and needs `tokenizer`, for example `gpt2`.")
+        if self.dataset == "enwik8" and self.tokenizer is not None:
+            raise ValueError("`dataset: enwik8` is counted in bytes: leave `tokenizer` out, or use `dataset: text`.")
+
+
+@dataclass
+class RunArguments:
+    """What the script does around training."""
+
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
+    sample_tokens: int = field(default=256, metadata={"help": "Tokens of sample text at the end; 0 for none."})
+    sample_prompt_tokens: int = field(default=64, metadata={"help": "Tokens of the valid split as its prompt."})
+
+
+DATACLASSES = (ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments)
+
+
+def parse_arguments(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments]:
+    """
+    Reads `CONFIG.yaml [--field value ...]`. The command line wins over the file, the file over the defaults.
+
+    A field that two dataclasses share, such as a seed, is one setting and goes to both.
+
+    Args:
+        argv (`list[str]`): The command line without the program's name.
+
+    Raises:
+        `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it.
+    """
+    # "resolve" lets a second dataclass have a field of the same name: see above.
+    parser = HfArgumentParser(DATACLASSES, allow_abbrev=False, conflict_handler="resolve", description=__doc__)
+    parser.add_argument("config", help="YAML file of fields.")
+    fields = {action.dest for action in parser._actions} - {"help", "config"}
+    given, unknown = parser.parse_known_args(argv)
+    settings = read_yaml(given.config)
+    options = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
+    refuse_unknown_keys([*settings, *(option[2:].replace("-", "_") for option in options)], fields, given.config)
+    parser.set_defaults(**settings)
+    parsed = vars(parser.parse_args(argv))
+    del parsed["config"]
+    return parser.parse_dict(parsed)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """
+    A flat YAML file of settings.
+
+    Raises:
+        `ValueError`: If it does not exist or is not a mapping.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no configuration file `{path}`. Give one of recipes/*/*.yaml as first argument.")
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{path}` is not a list of `field: value` lines.")
+    return settings
+
+
+def refuse_unknown_keys(keys: list[str], fields: set[str], path: str) -> None:
+    """Raises a `ValueError` that suggests near matches if one of the keys is not a field."""
+    problems = []
+    for key in keys:
+        if key not in fields:
+            near = difflib.get_close_matches(key, sorted(fields), n=3)
+            problems.append(f"`{key}`" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    if problems:
+        raise ValueError(
+            f"Not a field, in `{path}` or on the command line: {', '.join(problems)}. "
+            "`python recipes/run_clm.py --help` lists all fields."
+        )

@@ -1,0 +1,100 @@
+"""What a run leaves behind: `results.json`, a model card and a table."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from arguments import ModelArguments
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+import hf_topkast
+from hf_topkast import TopKastConfig, sparsity_report
+
+
+def measure_model(model: PreTrainedModel) -> dict[str, Any]:
+    """
+    Sizes and densities of a trained model, sparse or dense, as they are and not as they were asked for.
+
+    Returns:
+        `dict[str, Any]`: `density` and `backward_density` over the sparse layers (1 for a dense model);
+        `nonzero_parameters` that the forward pass uses, of `parameters` that the dense model has; `state_bytes`,
+        the model's parameters, gradients and Adam moments, and `dense_state_bytes`, those of the dense model.
+    """
+    report = sparsity_report(model)
+    return {
+        "density": report.density,
+        "backward_density": report.backward_density,
+        "nonzero_parameters": report.nonzero_parameters,
+        "parameters": report.total_parameters,
+        "state_bytes": report.trainable_state_bytes,
+        "dense_state_bytes": report.dense_state_bytes,
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, the device, and the commit of the checkout that this file is in (`None` outside one)."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_topkast": hf_topkast.__version__,
+    }
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"versions": versions, "device": device, "git_commit": current_commit()}
+
+
+def current_commit() -> str | None:
+    """The commit that is checked out where this file is, or `None` outside a checkout or without git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The single values of the results as plain text, a line each."""
+    rows = {key: value for key, value in results.items() if not isinstance(value, dict | list) and value is not None}
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {_format(value)}" for key, value in rows.items())
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+
+
+def write_results(
+    folder: str, results: dict[str, Any], model_args: ModelArguments, topkast_config: TopKastConfig
+) -> None:
+    """Writes `results.json` and `README.md`, the model card, into `folder`."""
+    path = Path(folder)
+    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    kind = "sparse" if model_args.sparse else "dense"
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["hf_topkast", kind])
+    origin = model_args.model_name_or_path or f"a new {model_args.model_type} model"
+    lines = [
+        f"---\n{data.to_yaml()}\n---\n\n# {path.resolve().name}\n",
+        f"A {kind} causal language model, trained from {origin} on `{results['dataset']}` with `recipes/run_clm.py`.",
+    ]
+    if model_args.sparse:
+        lines.append(
+            "Trained with Top-KAST ([Jayakumar et al., 2020](https://arxiv.org/abs/2106.03517)): the projections of "
+            f"the decoder blocks have {results['density']:.1%} of their weights in the forward pass and "
+            f"{results['backward_density']:.1%} in the backward pass; everything else is dense."
+        )
+    lines.append(f"\n```\n{format_table(results)}\n```\n")
+    if model_args.sparse:
+        settings = json.dumps(dataclasses.asdict(topkast_config), indent=2)
+        lines.append(f"Settings of Top-KAST:\n\n```json\n{settings}\n```\n")
+    lines.append(f"Command: `run_clm.py {' '.join(results['command'])}`\n")
+    ModelCard("\n".join(lines)).save(path / "README.md")

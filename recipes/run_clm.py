@@ -1,0 +1,193 @@
+"""
+Trains a causal language model, sparse with Top-KAST or dense, evaluates it, and writes down what came out.
+
+    accelerate launch recipes/run_clm.py recipes/enwik8/demo.yaml [--field value ...]
+
+The YAML file holds any fields of the dataclasses in arguments.py, of `hf_topkast.TopKastConfig` and of
+`transformers.TrainingArguments`; the command line wins over it. `output_dir` then holds the model and its tokenizer,
+`results.json`, a model card, and checkpoints from which `--resume` goes on.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from arguments import ModelArguments, parse_arguments, refuse_unknown_keys
+from data import Corpus, Split, load_corpus
+from metrics import BitsPerByte, WordPerplexity, make_compute_metrics, token_nats
+from results import describe_environment, format_table, measure_model, write_results
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from windows import EvaluationWindows, TrainingWindows
+
+from hf_topkast import TopKastTrainer, sparsify, sparsity_report
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """
+    Runs the recipe.
+
+    Args:
+        argv (`list[str]`, *optional*): The command line. Defaults to that of the process.
+
+    Returns:
+        `dict`: What `results.json` holds.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, run_args, topkast_config, training_args = parse_arguments(argv)
+    checkpoint = find_checkpoint(training_args) if run_args.resume else training_args.resume_from_checkpoint
+    prepare_for_evaluation(training_args)
+
+    # Data: one process tokenizes, the others find its work in the cache.
+    with training_args.main_process_first(desc="tokenizing"):
+        corpus = load_corpus(data_args)
+    cut = {"window": data_args.window, "start_token": corpus.start_token}
+    train_windows = TrainingWindows(corpus.splits["train"].tokens, split_name="train", **cut)
+    eval_windows = {
+        name: EvaluationWindows(corpus.splits[name].tokens, split_name=name, **cut) for name in ("valid", "test")
+    }
+
+    # Model: initialised dense, so that a sparse and a dense run of one seed start from the same weights.
+    set_seed(training_args.seed)
+    model = build_model(model_args, corpus, data_args.window)
+    if model_args.sparse:
+        sparsify(model, topkast_config)
+
+    metric = "word_perplexity" if data_args.dataset == "wikitext103" else "bits_per_byte"
+    trainer = (TopKastTrainer if model_args.sparse else Trainer)(
+        model=model,
+        args=training_args,
+        train_dataset=train_windows,
+        eval_dataset=eval_windows["valid"],
+        data_collator=default_data_collator,
+        processing_class=corpus.tokenizer,
+        preprocess_logits_for_metrics=token_nats,
+        compute_metrics=metric_for(metric, corpus.splits["valid"]),
+    )
+    train_output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+
+    results = {"dataset": data_args.dataset, "window": data_args.window}
+    for name, windows in eval_windows.items():
+        split = corpus.splits[name]
+        trainer.compute_metrics = metric_for(metric, split)
+        measured = trainer.evaluate(windows, metric_key_prefix=name)
+        results[f"{name}_{metric}"] = measured[f"{name}_{metric}"]
+        results |= {f"{name}_bytes": split.num_bytes, f"{name}_words": split.num_words}
+    trainer.save_state()
+    results |= measure_model(model)
+    results |= {
+        "tokens": trainer.state.num_input_tokens_seen,
+        "steps": trainer.state.global_step,
+        "train_seconds": train_output.metrics["train_runtime"],
+        "seed": training_args.seed,
+        "data_fingerprint": corpus.fingerprint,
+        **describe_environment(),
+        "command": argv,
+    }
+    if trainer.is_world_process_zero():
+        write_results(training_args.output_dir, results, model_args, topkast_config)
+        print(format_table(results))
+        print(f"\n{metric}: valid {results[f'valid_{metric}']:.4f}, test {results[f'test_{metric}']:.4f}")
+        if run_args.sample_tokens:
+            print(sample_text(model, corpus, data_args.window, run_args.sample_prompt_tokens, run_args.sample_tokens))
+    return results
+
+
+def find_checkpoint(training_args: TrainingArguments) -> str:
+    """The last checkpoint in `output_dir`; a `ValueError` if there is none."""
+    folder = Path(training_args.output_dir)
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        raise ValueError(
+            f"`--resume`: there is no checkpoint in `output_dir` `{folder}`. Leave `--resume` out to start from the "
+            "beginning, or give the `output_dir` of the run to go on with."
+        )
+    return checkpoint
+
+
+def prepare_for_evaluation(training_args: TrainingArguments) -> None:
+    """Settings that the evaluation relies on; a `ValueError` if the user's contradict it."""
+    if training_args.dataloader_drop_last:
+        raise ValueError("`dataloader_drop_last` would leave out tokens in evaluation: set it to false.")
+    # Metrics are added up batch by batch, so that nothing is stored but one number a window.
+    training_args.batch_eval_metrics = True
+    # Counts over resumed runs and any number of processes.
+    training_args.include_num_input_tokens_seen = "all"
+
+
+def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrainedModel:
+    """
+    A new model that fits the corpus, or a pretrained one after a check that it does.
+
+    Args:
+        args ([`ModelArguments`]): Architecture and sizes, or the pretrained model's name.
+        corpus ([`Corpus`]): Gives the vocabulary.
+        window (`int`): The longest input.
+
+    Raises:
+        `ValueError`: If a field is not one of the architecture's, or if a pretrained model is too small or sparse.
+    """
+    vocab_size = len(corpus.tokenizer)
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        if sparsity_report(model).rows:
+            raise ValueError(
+                f"`{args.model_name_or_path}` is sparse already. `--resume` goes on with the run that made it; or "
+                "save a copy made dense with `hf_topkast.densify` and start from that."
+            )
+        if model.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"`{args.model_name_or_path}` knows {model.config.vocab_size:,} tokens, but the tokenizer has "
+                f"{vocab_size:,}. Give `tokenizer` the name of the model's own."
+            )
+    else:
+        overrides = args.config_overrides or {}
+        fields = AutoConfig.for_model(args.model_type)
+        known = {*fields.to_dict(), *fields.attribute_map}
+        refuse_unknown_keys(list(overrides), known, f"config_overrides of a {args.model_type}")
+        ids = {"bos_token_id": corpus.tokenizer.bos_token_id, "eos_token_id": corpus.tokenizer.eos_token_id}
+        sizes = {"vocab_size": vocab_size, "max_position_embeddings": window}
+        config = AutoConfig.for_model(args.model_type, **ids, **(sizes | overrides))
+        model = AutoModelForCausalLM.from_config(config)
+    longest = getattr(model.config, "max_position_embeddings", window)
+    if longest < window:
+        raise ValueError(f"`window` is {window:,}, but the model reads {longest:,} tokens at most. Use a smaller one.")
+    return model
+
+
+def metric_for(name: str, split: Split) -> Callable:
+    """The `compute_metrics` that counts this split in `bits_per_byte` or in `word_perplexity`."""
+    if name == "word_perplexity":
+        return make_compute_metrics(WordPerplexity(keep_in_memory=True), len(split.tokens), num_words=split.num_words)
+    return make_compute_metrics(BitsPerByte(keep_in_memory=True), len(split.tokens), num_bytes=split.num_bytes)
+
+
+def sample_text(model: PreTrainedModel, corpus: Corpus, window: int, prompt_tokens: int, new_tokens: int) -> str:
+    """The first tokens of the valid split and what the model makes of them, for printing."""
+    prompt_tokens = min(prompt_tokens, window // 2)
+    prompt = torch.from_numpy(corpus.splits["valid"].tokens[:prompt_tokens].astype("int64"))[None].to(model.device)
+    model.eval()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(new_tokens, window - prompt_tokens),
+        do_sample=True,
+        top_p=0.95,
+        pad_token_id=corpus.start_token,
+    )
+    text = corpus.tokenizer.decode(output[0, prompt_tokens:])
+    return f"\nprompt: {corpus.tokenizer.decode(prompt[0])}\nsample: {text}"
+
+
+if __name__ == "__main__":
+    main()
