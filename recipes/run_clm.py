@@ -159,6 +159,7 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
         sizes = {"vocab_size": vocab_size, "max_position_embeddings": window}
         config = AutoConfig.for_model(args.model_type, **ids, **(sizes | overrides))
         model = AutoModelForCausalLM.from_config(config)
+        model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning, where a name does not tell
     longest = getattr(model.config, "max_position_embeddings", window)
     if longest < window:
         raise ValueError(f"`window` is {window:,}, but the model reads {longest:,} tokens at most. Use a smaller one.")
