@@ -4,6 +4,7 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only wait for each other
 
 from pathlib import Path
 
