@@ -17,7 +17,7 @@ from .layers import STRUCTURE, TRACKING, TopKastLayer
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits, unpack_bits
 from .reservoir import assemble_theta
-from .surgery import sparse_layers, sparse_root
+from .surgery import sparse_info, sparse_layers
 
 
 STATE_NAME = "topkast_state.safetensors"
@@ -40,12 +40,14 @@ class SparseState:
             `.initial_reservoir_size`.
         config ([`TopKastConfig`]): the configuration of the run.
         shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
+        digests (`dict[str, str]`): of each layer's weights on A, which `model.safetensors` holds.
         step (`int`): optimizer steps taken.
     """
 
     tensors: dict[str, Tensor]
     config: TopKastConfig
     shapes: dict[str, tuple[int, int]]
+    digests: dict[str, str]
     step: int
 
     def masks(self, name: str) -> tuple[Tensor, Tensor]:
@@ -71,19 +73,20 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
     """
     stock = dict(state_dict)
     tensors: dict[str, Tensor] = {}
-    shapes = {}
+    shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
         own = {key: stock.pop(f"{name}.{key}").cpu() for key in LAYER_TENSORS}
         pattern = Pattern(*(own[key] for key in STRUCTURE), layer.pattern.in_features)
         active = pattern.active_mask()
-        stock[f"{name}.weight"] = layer.to_stock(expand_active(own["values"], pattern))
+        alpha = expand_active(own["values"], pattern)
+        stock[f"{name}.weight"] = layer.to_stock(alpha)
         tensors[f"{name}.active"] = pack_bits(active)
         tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
         tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
         tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
-        shapes[name] = pattern.shape
-    root = sparse_root(model)
-    return stock, SparseState(tensors, root.topkast_config, shapes, root.topkast_step)
+        shapes[name], digests[name] = pattern.shape, _digest({"weight": alpha[active]})
+    info = sparse_info(model)
+    return stock, SparseState(tensors, info.config, shapes, digests, info.step)
 
 
 def write_state(state: SparseState, directory: str | os.PathLike):
@@ -93,6 +96,7 @@ def write_state(state: SparseState, directory: str | os.PathLike):
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps(state.config.to_dict()),
         "shapes": json.dumps(state.shapes),
+        "digests": json.dumps(state.digests),
         "step": str(state.step),
     }
     metadata["digest"] = _digest(state.tensors, metadata)
@@ -133,6 +137,7 @@ def read_state(directory: str | os.PathLike) -> SparseState:
         tensors=tensors,
         config=TopKastConfig.from_dict(json.loads(metadata["config"])),
         shapes={name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()},
+        digests=json.loads(metadata["digests"]),
         step=int(metadata["step"]),
     )
 
@@ -157,13 +162,15 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
             f"{STATE_NAME} belongs to another model: layer '{name}' has shape {tuple(alpha.shape)} (out, in) in the "
             f"model and {state.shapes.get(name, 'no entry')} in the state."
         )
-    inactive = ~state.masks(name)[0].to(alpha.device)
-    if bool(alpha[inactive].any()):
+    active = state.masks(name)[0].to(alpha.device)
+    rest = state.tensors[f"{name}.rest"]
+    same_dtype = alpha.dtype == rest.dtype  # from_pretrained(dtype=...) has rounded them otherwise
+    if bool(alpha[~active].any()) or (same_dtype and _digest({"weight": alpha[active]}) != state.digests[name]):
         raise CheckpointError(
-            f"{STATE_NAME} was not saved together with these weights: layer '{name}' has non-zero weights outside the "
-            "state's active set. Keep the two files of one checkpoint together."
+            f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
+            "written with. Keep the two files of one checkpoint together."
         )
-    return alpha.masked_scatter(inactive, state.tensors[f"{name}.rest"].to(alpha))
+    return alpha.masked_scatter(~active, rest.to(alpha))
 
 
 def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseState:
@@ -178,8 +185,11 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
         [`SparseState`]: what the state file held.
 
     Raises:
-        CheckpointError: if the state file is missing, damaged, or of another model or version.
+        CheckpointError: if the state file is missing, damaged, or of another model or version. The model is unchanged
+            then.
     """
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
     state = read_state(directory)
     layers = dict(sparse_layers(model))
     if set(layers) != set(state.shapes):
@@ -190,13 +200,38 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
             "model with the target_modules of the checkpoint, or load it with from_pretrained."
         )
     weights = _read_weights(Path(directory))
-    alphas = {name: layer.to_rows(weights.pop(f"{name}.weight")) for name, layer in layers.items()}
-    thetas = {name: restore_theta(alpha, state, name) for name, alpha in alphas.items()}
+    _check_weights(model, weights, directory)
+    for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
+        restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name)
     for name, layer in layers.items():
-        restore_layer(layer, thetas[name], state, name)
-    _load_rest(model, weights, directory)
-    model.topkast_step = state.step
+        restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
+    model.load_state_dict(weights, strict=False)
+    sparse_info(model).step = state.step
     return state
+
+
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], directory: str | os.PathLike):
+    """Whether a checkpoint has the weights of a model, names and shapes; of tied ones it holds only one."""
+    own = model.state_dict()
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    for name, layer in sparse_layers(model):
+        for key in LAYER_TENSORS:
+            shapes.pop(f"{name}.{key}")
+        shapes[f"{name}.weight"] = layer.pattern.shape[::-1] if layer.stores_transposed else layer.pattern.shape
+    unknown = [key for key in weights if key not in shapes]
+    held = {own[key].data_ptr() for key in weights if key in own}
+    for key, shape in shapes.items():
+        found = tuple(weights[key].shape) if key in weights else None
+        tied = found is None and key in own and own[key].data_ptr() in held
+        if unknown or (found != shape and not tied):
+            raise CheckpointError(
+                f"{directory} belongs to another model: "
+                + (
+                    f"it has '{unknown[0]}'."
+                    if unknown
+                    else f"'{key}' is {found or 'missing'} there and {shape} here."
+                )
+            )
 
 
 def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: str):
@@ -206,19 +241,6 @@ def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: 
     layer.reassign(active, backward, theta.to(device, layer.values.dtype))
     layer.unvisited.copy_(state.tensors[f"{name}.unvisited"])
     layer.initial_reservoir_size.copy_(state.tensors[f"{name}.initial_reservoir_size"])
-
-
-def _load_rest(model: nn.Module, weights: dict[str, Tensor], directory: str | os.PathLike):
-    """Loads the dense parameters; of tied ones a checkpoint holds only one."""
-    result = model.load_state_dict(weights, strict=False)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {id(parameters[key]) for key in weights if key in parameters}
-    loaded |= {id(layer.values) for _, layer in sparse_layers(model)}
-    lost = [key for key in result.missing_keys if key in parameters and id(parameters[key]) not in loaded]
-    if lost or result.unexpected_keys:
-        raise CheckpointError(
-            f"{directory} belongs to another model: missing {lost[:3]}, unexpected {result.unexpected_keys[:3]}."
-        )
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
@@ -235,14 +257,15 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     digest = hashlib.blake2b(digest_size=16)
+    metadata = metadata or {}
     for key in sorted(metadata.keys() - {"digest"}):
         digest.update(f"{key}={metadata[key]};".encode())
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -28,7 +28,7 @@ class TopKastConfig(QuantizationConfigMixin):
         refresh_every (`int`, *optional*, defaults to 100):
             Optimizer steps between two choices of A and B (the paper's N).
         explore_until (`int` or `float`, *optional*):
-            Optimizer step, or fraction of training, after which B becomes A. `None`: never.
+            Fraction of training (up to 1) or optimizer step (above 1) after which B becomes A. `None`: never.
         penalty (`float`, *optional*, defaults to 1e-4):
             Coefficient λ of the exploration penalty λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density) (the paper's §2.3).
         penalty_mode (`str`, *optional*, defaults to `"coupled"`):
@@ -61,7 +61,7 @@ class TopKastConfig(QuantizationConfigMixin):
     refresh_every: int = field(default=100, metadata={"help": "Optimizer steps between two choices of A and B."})
     explore_until: float | None = field(
         default=None,
-        metadata={"help": "Step (> 1) or fraction of training (<= 1) after which B becomes A. Default: never."},
+        metadata={"help": "Fraction of training (<= 1) or step (> 1) after which B becomes A. Default: never."},
     )
     penalty: float = field(default=1e-4, metadata={"help": "Coefficient of the exploration penalty, >= 0."})
     penalty_mode: str = field(
@@ -95,29 +95,21 @@ class TopKastConfig(QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
 
     def __post_init__(self):
-        _check(0 < self.density <= 1, "density", self.density, "a number in (0, 1]")
+        _check(0 < _number(self.density) <= 1, "density", self.density, "a number in (0, 1]")
         if self.backward_density is None:
             self.backward_density = min(1.0, 2 * self.density)
-        _check(
-            self.density <= self.backward_density <= 1,
-            "backward_density",
-            self.backward_density,
-            f"a number in [density, 1] = [{self.density}, 1]: B contains A",
-        )
-        _check(
-            self.refresh_every == int(self.refresh_every) and self.refresh_every >= 1,
-            "refresh_every",
-            self.refresh_every,
-            "a whole number of optimizer steps, at least 1",
-        )
-        self._check_explore_until()
-        _check(0 <= self.penalty < math.inf, "penalty", self.penalty, "a finite number, at least 0")
-        _check(
-            0 <= self.exploration_lr_scale < math.inf,
-            "exploration_lr_scale",
-            self.exploration_lr_scale,
-            "a finite number, at least 0",
-        )
+        allowed = f"a number in [density, 1] = [{self.density}, 1]: B contains A"
+        backward = _number(self.backward_density)
+        _check(self.density <= backward <= 1, "backward_density", self.backward_density, allowed)
+        allowed = "a whole number of optimizer steps, at least 1"
+        _check(_whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
+        if self.explore_until is not None:
+            until = _number(self.explore_until)
+            allowed = "a fraction of training in [0, 1], a step (a whole number above 1), or None"
+            _check(0 <= until <= 1 or _whole(until) > 1, "explore_until", self.explore_until, allowed)
+        for name in ("penalty", "exploration_lr_scale"):
+            value = getattr(self, name)
+            _check(0 <= _number(value) < math.inf, name, value, "a finite number, at least 0")
         for spec in fields(self):
             choices = spec.metadata.get("choices")
             if choices:
@@ -125,13 +117,6 @@ class TopKastConfig(QuantizationConfigMixin):
                 _check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
         for name in ("target_modules", "exclude_modules"):
             self._check_module_rule(name)
-
-    def _check_explore_until(self):
-        value = self.explore_until
-        if value is None:
-            return
-        valid = value >= 0 and (value <= 1 or value == int(value))
-        _check(valid, "explore_until", value, "a step (a whole number), a fraction of training in [0, 1], or None")
 
     def _check_module_rule(self, name: str):
         rule = getattr(self, name)
@@ -143,6 +128,8 @@ class TopKastConfig(QuantizationConfigMixin):
                     f"{name}={rule!r} is not a regular expression ({error}); a list of names is matched by suffix."
                 ) from error
         elif rule is not None:
+            names = isinstance(rule, list | tuple | set) and all(isinstance(entry, str) for entry in rule)
+            _check(names, name, rule, "a list of module names, one regular expression, or None")
             rule = list(rule)
             # The command line gives lists only, so the one keyword arrives as a list of one.
             setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
@@ -170,6 +157,17 @@ class TopKastConfig(QuantizationConfigMixin):
         settings.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
         config = cls(**settings)
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _number(value: Any) -> float:
+    """The value if it is a number, else NaN, which no range contains."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _whole(value: Any) -> float:
+    """The value if it is a finite whole number, else NaN."""
+    number = _number(value)
+    return number if math.isfinite(number) and number == int(number) else math.nan
 
 
 def _check(valid: bool, name: str, value: Any, allowed: str):

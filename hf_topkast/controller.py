@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from .layers import TopKastLayer
 from .methods import get_method
-from .optimizers import carry_state, check_optimizer, exclude_from_weight_decay, unwrap_optimizer
+from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
 from .schedule import backward_density_at, exploration_end, refresh_due
 from .selection import check_finite
-from .surgery import sparse_layers, sparse_root
+from .surgery import sparse_info, sparse_layers
 
 
 class TopKastController:
@@ -30,36 +30,49 @@ class TopKastController:
         optimizer (`torch.optim.Optimizer`): the one that trains it, wrapped by Accelerate or not.
         total_steps (`int`, *optional*): optimizer steps of the training; needed where `explore_until` is a fraction.
 
-    Attributes:
-        step (`int`): optimizer steps taken.
-
     Raises:
         ValueError: if the model has no sparse layer, if the optimizer cannot be used (the message names it and says
-            why) or does not hold a trainable layer's values, or if `explore_until` is a fraction and `total_steps` is
-            not given.
+            why), does not hold a trainable layer's values or has a controller already, or if `explore_until` is a
+            fraction and `total_steps` is not given.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
-        self._root = sparse_root(model)
-        self.config = self._root.topkast_config
+        self._info = sparse_info(model)
+        self.config = self._info.config
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(model))
         self.optimizer = unwrap_optimizer(optimizer)
         self._choose = get_method(self.config.method)
         self._exploration_end = exploration_end(self.config.explore_until, total_steps)
-        self.step = self._root.topkast_step = 0
         self.mask_churn: float | None = None
         self.refresh_seconds: float | None = None
-        self._before_step: dict[str, tuple[Tensor, Tensor]] = {}
+        self._exploration_before: dict[str, Tensor] = {}
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
-        check_optimizer(self.optimizer, values)
+        check_optimizer(self.optimizer, values, self.config.penalty_mode)
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), TopKastController):
+                raise ValueError(
+                    "The optimizer has a TopKastController already, and two would apply everything twice. Call "
+                    "remove() on the first one. (TopKastTrainer makes its own.)"
+                )
         exclude_from_weight_decay(self.optimizer, values)
+        self.step = 0
+        self._seen = self._assignments()
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._on_step_begin),
             self.optimizer.register_step_post_hook(self._on_step_end),
         ]
         if self._exploration_end == 0:
             self.end_exploration()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken; kept on the model, so that a checkpoint of the model has it."""
+        return self._info.step
+
+    @step.setter
+    def step(self, step: int):
+        self._info.step = step
 
     def remove(self):
         """Takes the hooks off the optimizer: from then on A and B stay as they are."""
@@ -75,15 +88,40 @@ class TopKastController:
                 f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the exploration "
                 "penalty cannot reach them. Call loss.backward() first and then step() without a closure."
             )
+        if self._skips(optimizer):
+            return
+        self._check_layers()
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in self.layers.items():
             if layer.values.grad is None:
                 continue
+            if id(layer.values) not in groups:
+                raise ValueError(
+                    f"Layer '{name}' has a gradient, but the optimizer does not hold its values: it was unfrozen "
+                    "after the optimizer was made. Make the optimizer and the controller anew."
+                )
             active = layer.pattern.active_slots()
             self._apply_penalty(layer.values, active, groups[id(layer.values)])
             if self.config.exploration_lr_scale != 1:
-                exploration = (~active).nonzero().squeeze(1)
-                self._before_step[name] = (exploration, layer.values[exploration])
+                self._exploration_before[name] = layer.values[~active]
+
+    def _skips(self, optimizer: Optimizer) -> bool:
+        """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
+        overflow = getattr(optimizer, "found_inf", None)
+        return overflow is not None and bool(overflow)
+
+    def _assignments(self) -> dict[str, int]:
+        return {name: layer.assignments for name, layer in self.layers.items()}
+
+    def _check_layers(self):
+        """Moments must not meet weights that they do not belong to."""
+        for name, count in self._seen.items():
+            if self.layers[name].assignments != count:
+                raise ValueError(
+                    f"Layer '{name}' got other weights (load_state_dict, for example) since the controller last saw "
+                    "it, and the optimizer's state belongs to the former ones. Load the optimizer's state as well, "
+                    "then call controller.load_state_dict; or make a new optimizer and a new controller."
+                )
 
     def _apply_penalty(self, values: nn.Parameter, active: Tensor, group: dict):
         """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
@@ -101,14 +139,14 @@ class TopKastController:
 
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        for name, (exploration, before) in self._before_step.items():
-            values = self.layers[name].values
-            values[exploration] = torch.lerp(before, values[exploration], self.config.exploration_lr_scale)
-        self._before_step.clear()
-        overflow = getattr(optimizer, "found_inf", None)
-        if overflow is not None and bool(overflow):
-            return  # the fused kernel skipped this step
-        self.step = self._root.topkast_step = self.step + 1
+        if self._skips(optimizer):
+            return
+        for name, before in self._exploration_before.items():
+            layer = self.layers[name]
+            exploration = ~layer.pattern.active_slots()
+            layer.values[exploration] = torch.lerp(before, layer.values[exploration], self.config.exploration_lr_scale)
+        self._exploration_before.clear()
+        self.step += 1
         if refresh_due(self.step, self.config.refresh_every):
             self.refresh()
         if self.step == self._exploration_end:
@@ -125,15 +163,15 @@ class TopKastController:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
         start = time.perf_counter()
+        self._check_numbers()
         density = self.config.density
         backward_density = backward_density_at(self.step, self.config, self._exploration_end)
         members = left = 0
         for name, layer in self.layers.items():
             theta = layer.theta()
-            check_finite(theta, name)
             was_active = layer.pattern.active_mask()
             active, backward = self._choose(theta, density, backward_density)
-            self._reassign(layer, active, backward, theta)
+            self._reassign(name, active, backward, theta)
             members += int(was_active.sum())
             left += int((was_active & ~active).sum())
         self.mask_churn = left / members
@@ -142,16 +180,24 @@ class TopKastController:
     @torch.no_grad()
     def end_exploration(self):
         """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
-        for layer in self.layers.values():
+        self._check_numbers()
+        for name, layer in self.layers.items():
             active = layer.pattern.active_mask()
-            self._reassign(layer, active, active, layer.theta())
+            self._reassign(name, active, active, layer.theta())
 
-    def _reassign(self, layer: TopKastLayer, active: Tensor, backward: Tensor, theta: Tensor):
-        stored = layer.values.shape
+    def _check_numbers(self):
+        """All layers before the first one changes; what is outside B cannot have changed."""
+        for name, layer in self.layers.items():
+            check_finite(layer.values, name)
+            check_state(self.optimizer, name, layer.values)
+
+    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
+        layer = self.layers[name]
         sources = layer.reassign(active, backward, theta)
+        self._seen[name] = layer.assignments
         state = self.optimizer.state.get(layer.values)
         if state:
-            carry_state(state, stored, sources, self.config.new_state)
+            carry_state(state, sources, self.config.new_state)
 
     # What is logged and saved
 
@@ -160,6 +206,8 @@ class TopKastController:
         """The penalty at the present values, λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density), in nats like the loss."""
         total = 0.0
         for layer in self.layers.values():
+            if not layer.values.requires_grad:
+                continue
             squares = layer.values.float().square()
             active = layer.pattern.active_slots()
             total += float(squares[active].sum() + squares[~active].sum() / self.config.density)
@@ -195,5 +243,5 @@ class TopKastController:
         """
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
-        self.step = self._root.topkast_step = state["step"]
-        self.mask_churn = state.get("mask_churn")
+        self.step, self.mask_churn = state["step"], state.get("mask_churn")
+        self._seen = self._assignments()

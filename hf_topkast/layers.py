@@ -25,6 +25,7 @@ class TopKastLayer(nn.Module):
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
+        assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
     """
 
     stores_transposed = False
@@ -33,6 +34,7 @@ class TopKastLayer(nn.Module):
         """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
         theta = self.to_rows(dense.weight.detach())
         self.backend, self.reservoir_device = select_backend(backend), reservoir_device
+        self.assignments = 0
         pattern = Pattern.from_masks(active, backward)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         self.register_parameter("bias", dense.bias)
@@ -129,6 +131,7 @@ class TopKastLayer(nn.Module):
             self._write(name, getattr(pattern, name))
         self._write("reservoir", take_reservoir(theta, backward))
         self.unvisited &= ~pack_bits(active)
+        self.assignments += 1
         return sources
 
     @property
@@ -177,6 +180,7 @@ class TopKastLayer(nn.Module):
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.assignments += 1
         if self._rests_elsewhere:  # no buffer, so torch does not know the key
             key = f"{prefix}reservoir"
             if key in state_dict:
@@ -203,13 +207,19 @@ class TopKastLayer(nn.Module):
                 self._write(name, sized[name].detach())
         return None
 
-    def to_rows(self, stock: Tensor) -> Tensor:
+    @classmethod
+    def to_rows(cls, stock: Tensor) -> Tensor:
         """A weight from the stock layout to (out, in)."""
-        return stock.T.contiguous() if self.stores_transposed else stock
+        return stock.T.contiguous() if cls.stores_transposed else stock
 
-    def to_stock(self, rows: Tensor) -> Tensor:
+    @classmethod
+    def to_stock(cls, rows: Tensor) -> Tensor:
         """A weight from (out, in) to the stock layout."""
-        return rows.T.contiguous() if self.stores_transposed else rows
+        return rows.T.contiguous() if cls.stores_transposed else rows
+
+    def reset_parameters(self):
+        """Refuses what `nn.Linear` does: an initialisation would write to a copy of the dense weight, and be lost."""
+        raise RuntimeError("A sparse layer cannot be initialised anew: initialise the dense model, then sparsify it.")
 
     def extra_repr(self) -> str:
         """Shape and densities, as `print(model)` shows them."""
@@ -296,3 +306,7 @@ def _fill(dense: nn.Module, layer: TopKastLayer, weight: Tensor) -> nn.Module:
     dense.weight = nn.Parameter(weight, requires_grad=layer.values.requires_grad)
     dense.bias = layer.bias
     return dense.train(layer.training)
+
+
+# Exact types: a subclass (quantised, LoRA, ...) computes something else with its weight.
+SPARSE_TYPES: dict[type[nn.Module], type[TopKastLayer]] = {nn.Linear: TopKastLinear, Conv1D: TopKastConv1D}

@@ -26,13 +26,14 @@ from .checkpoint import (
     write_state,
 )
 from .config import QUANT_METHOD, TopKastConfig
+from .layers import SPARSE_TYPES
 from .surgery import (
-    SPARSE_TYPES,
+    SparseInfo,
     make_sparse,
     mark_sparse,
     replace_module,
+    sparse_info,
     sparse_layers,
-    sparse_root,
     sparsify,
     weight_rows,
 )
@@ -102,23 +103,31 @@ def rebuild(model: nn.Module, state: SparseState):
     Raises:
         CheckpointError: if the state is not that of the loaded weights. The model is unchanged then.
     """
-    modules = dict(model.named_modules())
-    thetas = {}
-    for name in state.shapes:
-        dense = modules.get(name)
-        if type(dense) not in SPARSE_TYPES:
-            raise CheckpointError(
-                f"{STATE_NAME} belongs to another model: it has a sparse layer '{name}', and the model has "
-                f"{'none of that name' if dense is None else 'a ' + type(dense).__name__ + ' there'}."
-            )
-        thetas[name] = restore_theta(weight_rows(dense), state, name)
-    for name, theta in thetas.items():
-        dense = modules[name]
+    places = {name: _locate(model, name) for name in state.shapes}
+    for name, place in places.items():  # all before the first swap, so that an error leaves the model as it was
+        restore_theta(weight_rows(model.get_submodule(place)), state, name)
+    for name, place in places.items():
+        dense = model.get_submodule(place)
+        theta = restore_theta(weight_rows(dense), state, name)
         active, backward = (mask.to(theta.device) for mask in state.masks(name))
         layer = make_sparse(dense, active, backward, state.config)
         restore_layer(layer, theta, state, name)
         replace_module(model, dense, layer)
-    mark_sparse(model, state.config, state.step)
+    mark_sparse(model, SparseInfo(state.config, state.step))
+
+
+def _locate(model: nn.Module, name: str) -> str:
+    """The name in this model of a layer of the saved one, which may have or lack a head around the same base model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = dict(model.named_modules())
+    for place in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if type(modules.get(place)) in SPARSE_TYPES:
+            return place
+    found = modules.get(name)
+    raise CheckpointError(
+        f"{STATE_NAME} belongs to another model: it has a sparse layer '{name}', and the model has "
+        f"{'none of that name' if found is None else 'a ' + type(found).__name__ + ' there'}."
+    )
 
 
 def _save_sparse(save_pretrained):
@@ -136,7 +145,7 @@ def _save_sparse(save_pretrained):
                 **kwargs,
             )
         stock, state = split_state_dict(self, self.state_dict() if state_dict is None else state_dict)
-        self.config.quantization_config = sparse_root(self).topkast_config.to_dict()
+        self.config.quantization_config = sparse_info(self).config.to_dict()
         try:
             save_pretrained(self, save_directory, is_main_process=is_main_process, state_dict=stock, **kwargs)
         finally:

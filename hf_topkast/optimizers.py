@@ -4,26 +4,22 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.optimization import Adafactor
 
+
+# Their per-weight state is a vector of the weight's shape that starts at zero, so it can move, be dropped and start
+# afresh with its weight. That cannot be told of an optimizer in general, hence a list.
+SUPPORTED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adafactor,
+    torch.optim.RMSprop,
+    Adafactor,
+)
 
 # Running means of squared gradients, under the names that torch and transformers give them.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance", "sum"})
-
-# Parts of class or module names, and why a weight's state cannot follow it when A and B change.
-UNSUPPORTED = {
-    "8bit": "its state is quantised in blocks of neighbouring weights",
-    "4bit": "its state is quantised in blocks of neighbouring weights",
-    "fp8": "its state is quantised in blocks of neighbouring weights",
-    "bitsandbytes": "its state may be quantised in blocks of neighbouring weights",
-    "muon": "it orthogonalises whole matrices, and a sparse layer's values are a vector",
-    "galore": "it projects whole matrices, and a sparse layer's values are a vector",
-    "apollo": "it projects whole matrices, and a sparse layer's values are a vector",
-    "shampoo": "it preconditions whole matrices, and a sparse layer's values are a vector",
-    "soap": "it preconditions whole matrices, and a sparse layer's values are a vector",
-    "lomo": "it updates weights during the backward pass, before the step the controller hooks",
-    "lbfgs": "its state is a history over all weights together",
-    "sparseadam": "it takes sparse gradients only, and the gradients here are dense vectors",
-}
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance"})
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -31,32 +27,57 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter]):
+def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], penalty_mode: str):
     """
     Refuses an optimizer that cannot train sparse layers.
 
     Args:
         optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
         values (`dict[str, torch.nn.Parameter]`): the trainable values of the sparse layers, by layer name.
+        penalty_mode (`str`): as in [`TopKastConfig`]; `"decoupled"` needs a learning rate.
 
     Raises:
-        ValueError: if its state cannot move with a weight, or if it does not hold some layer's values.
+        ValueError: if its state may not move with a weight, if it does not hold some layer's values, if it keeps a
+            state of another shape for them, or if it has no learning rate for a decoupled penalty.
     """
     kind = type(optimizer)
-    signature = f"{kind.__module__}.{kind.__qualname__}".lower()
-    for part, reason in UNSUPPORTED.items():
-        if part in signature:
-            raise ValueError(
-                f"The optimizer {kind.__name__} cannot train sparse layers: {reason}. Use SGD, Adam, AdamW, Adafactor "
-                "or RMSprop."
-            )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in values.items() if id(parameter) not in held]
+    if not isinstance(optimizer, SUPPORTED):
+        names = ", ".join(dict.fromkeys(supported.__name__ for supported in SUPPORTED))
+        raise ValueError(
+            f"The optimizer {kind.__name__} ({kind.__module__}) cannot train sparse layers: its state is not known to "
+            "be one number per weight that can move with its weight when A and B change, as 8-bit and matrix-wise "
+            f"optimizers show. Use one of {names}, or a subclass."
+        )
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in values.items() if id(parameter) not in groups]
     if missing:
         raise ValueError(
             f"The optimizer {kind.__name__} does not hold the values of layer '{missing[0]}' ({len(missing)} such "
             "layers). Make the optimizer after sparsify(model), from model.parameters()."
         )
+    for name, parameter in values.items():
+        check_state(optimizer, name, parameter)
+        if penalty_mode == "decoupled" and groups[id(parameter)]["lr"] is None:
+            raise ValueError(
+                f"penalty_mode='decoupled' shrinks values in proportion to the learning rate, and {kind.__name__} has "
+                "none (lr=None). Use penalty_mode='coupled', or give it a learning rate."
+            )
+
+
+def check_state(optimizer: Optimizer, name: str, values: nn.Parameter):
+    """
+    Refuses optimizer state that does not belong to a layer's values as they are.
+
+    Raises:
+        ValueError: if a state tensor is neither a scalar nor of the values' shape; the message names layer and state.
+    """
+    for key, state in optimizer.state.get(values, {}).items():
+        if isinstance(state, Tensor) and state.ndim and state.shape != values.shape:
+            raise ValueError(
+                f"Layer '{name}': {type(optimizer).__name__} keeps a state '{key}' of shape {tuple(state.shape)} for "
+                f"values of shape {tuple(values.shape)}. Load the optimizer state that was saved with these weights, "
+                "or start with a new optimizer."
+            )
 
 
 def exclude_from_weight_decay(optimizer: Optimizer, values: dict[str, nn.Parameter]):
@@ -84,7 +105,7 @@ def exclude_from_weight_decay(optimizer: Optimizer, values: dict[str, nn.Paramet
         optimizer.add_param_group({**group, "params": chosen, "weight_decay": 0.0})
 
 
-def carry_state(state: dict, stored: torch.Size, sources: Tensor, new_state: str):
+def carry_state(state: dict, sources: Tensor, new_state: str):
     """
     Moves one parameter's optimizer state with its weights, in place where the size stays.
 
@@ -92,24 +113,15 @@ def carry_state(state: dict, stored: torch.Size, sources: Tensor, new_state: str
     `new_state="mean"`, the layer's mean second moment instead of zero.
 
     Args:
-        state (`dict`): `optimizer.state[values]`.
-        stored (`torch.Size`): shape of the values before the move.
+        state (`dict`): `optimizer.state[values]`, of which every tensor but scalars has the values' former shape.
         sources (`torch.Tensor`): int64, (|B|,): former slot of each new slot, -1 for a weight that enters.
         new_state (`str`): `"zero"` or `"mean"`.
-
-    Raises:
-        ValueError: if a state tensor is neither a scalar nor of the values' shape.
     """
     stays = sources >= 0
     slots = sources.clamp(min=0)
     for key, old in state.items():
         if not isinstance(old, Tensor) or old.ndim == 0:
             continue  # a step count, or what holds for the whole parameter
-        if old.shape != stored:
-            raise ValueError(
-                f"The optimizer keeps a state '{key}' of shape {tuple(old.shape)} for values of shape "
-                f"{tuple(stored)}: it cannot be moved when A and B change. Use SGD, Adam, AdamW, Adafactor or RMSprop."
-            )
         fresh = old.mean() if new_state == "mean" and key in SECOND_MOMENTS else old.new_zeros(())
         moved = torch.where(stays, old[slots], fresh)
         if moved.shape == old.shape:

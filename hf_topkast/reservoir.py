@@ -13,9 +13,6 @@ from torch import Tensor
 from .pattern import Pattern
 
 
-RESERVOIR_DEVICES = ("same", "cpu", "disk")
-
-
 def take_reservoir(theta: Tensor, backward: Tensor) -> Tensor:
     """The weights outside B, n − |B| numbers; `theta` and the bool mask `backward` have one shape."""
     # In two steps, which take half the time of theta[~backward].

@@ -13,8 +13,7 @@ def exploration_end(explore_until: int | float | None, total_steps: int | None) 
     Optimizer step after which B becomes A, `None` if exploration never ends.
 
     Args:
-        explore_until (`int` or `float`, *optional*): an `int`, or a number above 1, is a step; a `float` up to 1 is
-            a fraction of `total_steps`.
+        explore_until (`int` or `float`, *optional*): up to 1 a fraction of `total_steps`, above 1 a step.
         total_steps (`int`, *optional*): optimizer steps of the whole training.
 
     Raises:
@@ -22,7 +21,7 @@ def exploration_end(explore_until: int | float | None, total_steps: int | None) 
     """
     if explore_until is None:
         return None
-    if isinstance(explore_until, int) or explore_until > 1 or explore_until == 0:
+    if explore_until > 1 or explore_until == 0:
         return int(explore_until)
     if total_steps is None:
         raise ValueError(

@@ -1,12 +1,23 @@
 """Top-KAST under `transformers.Trainer`: thin, since all mask work is the controller's."""
 
+import json
+import os
+import shutil
+from dataclasses import fields
+
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import STATE_NAME, CheckpointError, SparseState, load_checkpoint
 from .controller import TopKastController
-from .surgery import sparse_layers, sparse_root
+from .optimizers import exclude_from_weight_decay, unwrap_optimizer
+from .surgery import sparse_info, sparse_layers
+
+
+logger = logging.get_logger(__name__)
 
 
 class TopKastCallback(TrainerCallback, ExportableState):
@@ -27,14 +38,9 @@ class TopKastCallback(TrainerCallback, ExportableState):
         """Makes the controller, once the optimizer is there and a resumed state is loaded."""
         if self.controller is not None:
             self.controller.remove()
-        root = sparse_root(model)
-        loaded_step = root.topkast_step
         self.controller = TopKastController(model, optimizer, total_steps=state.max_steps)
         if state.global_step > 0:
-            saved = self._saved_state(state)
-            if isinstance(root, PreTrainedModel):  # the files of other modules hold no step
-                self._check_same_moment(saved, loaded_step)
-            self.controller.load_state_dict(saved)
+            self.controller.load_state_dict(saved_schedule(state.stateful_callbacks, state.global_step))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Adds the `topkast/` metrics for the loggers that come after this callback."""
@@ -49,24 +55,6 @@ class TopKastCallback(TrainerCallback, ExportableState):
         """The controller's state, for `trainer_state.json`."""
         return {"args": {}, "attributes": {"saved": self.controller.state_dict() if self.controller else None}}
 
-    def _saved_state(self, state) -> dict:
-        exported = state.stateful_callbacks.get(type(self).__name__)
-        saved = exported and exported["attributes"]["saved"]
-        if not saved:
-            raise CheckpointError(
-                f"The checkpoint of step {state.global_step} has no Top-KAST state in its trainer_state.json, so the "
-                "mask schedule cannot be resumed. Resume from a checkpoint that TopKastTrainer wrote, or start a new "
-                "training from its weights (without resume_from_checkpoint)."
-            )
-        return saved
-
-    def _check_same_moment(self, saved: dict, loaded_step: int):
-        if saved["step"] != loaded_step:
-            raise CheckpointError(
-                f"The checkpoint mixes two moments: its trainer_state.json is of optimizer step {saved['step']}, its "
-                f"weights are of step {loaded_step}. Resume from another checkpoint."
-            )
-
 
 class TopKastTrainerMixin:
     """
@@ -78,19 +66,30 @@ class TopKastTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        sparse_root(self.model)
-        self.add_callback(TopKastCallback())
+        sparse_info(self.model)
+        if self._topkast_callback is None:
+            self.add_callback(TopKastCallback())
+
+    @property
+    def _topkast_callback(self) -> TopKastCallback | None:
+        return next((found for found in self.callback_handler.callbacks if isinstance(found, TopKastCallback)), None)
 
     @property
     def topkast_controller(self) -> TopKastController | None:
         """The controller of the running or last training."""
-        callbacks = self.callback_handler.callbacks
-        return next((found.controller for found in callbacks if isinstance(found, TopKastCallback)), None)
+        return self._topkast_callback and self._topkast_callback.controller
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the base trainer's, without the values of sparse layers: the exploration penalty takes their place."""
         sparse = {f"{name}.values" for name, _ in sparse_layers(model)}
         return [name for name in super().get_decay_parameter_names(model) if name not in sparse]
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base trainer's; an optimizer of the user's own loses its decay of sparse values too."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        values = {name: layer.values for name, layer in sparse_layers(self.model)}
+        exclude_from_weight_decay(unwrap_optimizer(optimizer), values)
+        return optimizer
 
     def log(self, logs: dict[str, float], *args, **kwargs):
         """Logs with the `topkast/` metrics beside each training loss."""
@@ -99,16 +98,33 @@ class TopKastTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PreTrainedModel):
-            load_checkpoint(self.model, resume_from_checkpoint)
-        else:  # saved as its plain state dict, which is complete
+        if not isinstance(self.model, PreTrainedModel):  # saved as its plain state dict, which is complete
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        step = resumable_step(resume_from_checkpoint)
+        state = load_checkpoint(self.model, resume_from_checkpoint)
+        if step != state.step:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, its "
+                f"weights are of step {state.step}. Resume from another checkpoint."
+            )
+        _warn_of_other_settings(sparse_info(self.model).config, state)
 
     def _load_best_model(self):
         if isinstance(self.model, PreTrainedModel):
             load_checkpoint(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        # The optimizer, which a further train() would use, has moments of other sets than the best model's.
+        for _, layer in sparse_layers(self.model):
+            unwrap_optimizer(self.optimizer).state.pop(layer.values, None)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The base class uploads the output directory, after copying the files it knows into it.
+        source = os.path.join(checkpoint_folder, STATE_NAME)
+        if self.is_world_process_zero() and os.path.isfile(source):
+            shutil.copy(source, os.path.join(self.args.output_dir, STATE_NAME))
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 class TopKastTrainer(TopKastTrainerMixin, Trainer):
@@ -122,3 +138,48 @@ class TopKastTrainer(TopKastTrainerMixin, Trainer):
     TopKastTrainer(model=model, args=training_args, train_dataset=dataset).train()
     ```
     """
+
+
+def saved_schedule(stateful_callbacks: dict, step: int) -> dict:
+    """
+    The controller's state in what Trainer saved of its callbacks.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    exported = stateful_callbacks.get(TopKastCallback.__name__)
+    saved = exported and exported["attributes"]["saved"]
+    if not saved:
+        raise CheckpointError(
+            f"The checkpoint of step {step} has no Top-KAST state in its {TRAINER_STATE_NAME}, so the mask schedule "
+            "cannot be resumed. Resume from a checkpoint that TopKastTrainer wrote, or start a new training from its "
+            "weights (without resume_from_checkpoint)."
+        )
+    return saved
+
+
+def resumable_step(directory: str | os.PathLike) -> int:
+    """
+    The optimizer step at which a checkpoint's training stopped.
+
+    Raises:
+        CheckpointError: if the directory, the optimizer's state or Trainer's is missing.
+    """
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
+    for name in (OPTIMIZER_NAME, TRAINER_STATE_NAME):
+        if not os.path.isfile(os.path.join(directory, name)):
+            raise CheckpointError(
+                f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). Start "
+                "a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
+            )
+    with open(os.path.join(directory, TRAINER_STATE_NAME), encoding="utf-8") as file:
+        state = json.load(file)
+    return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
+
+
+def _warn_of_other_settings(config, state: SparseState):
+    for name in (spec.name for spec in fields(config)):
+        now, then = getattr(config, name), getattr(state.config, name)
+        if now != then:
+            logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")

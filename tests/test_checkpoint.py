@@ -10,7 +10,7 @@ from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import CheckpointError, TopKastController, sparsify
 from hf_topkast.checkpoint import STATE_NAME, load_checkpoint, read_state, split_state_dict
-from hf_topkast.surgery import sparse_layers
+from hf_topkast.surgery import sparse_info, sparse_layers
 
 
 def trained(make_model, seed=0, **config):
@@ -52,8 +52,8 @@ def test_load_is_exact(make_model, tmp_path):
     state = load_checkpoint(other, tmp_path)
     assert equal(model, other)
     assert [layer.values for _, layer in sparse_layers(other)] == values
-    assert state.step == other.topkast_step == 3
-    assert state.config == model.topkast_config
+    assert state.step == sparse_info(other).step == 3
+    assert state.config == sparse_info(model).config
 
 
 def test_sharded_weights(tmp_path):
@@ -137,19 +137,49 @@ def test_other_targets(directory):
     refused(directory, "sparse only in the checkpoint", sparsify(make_gpt2(), density=0.2, target_modules=["c_fc"]))
 
 
-def test_other_shape(tmp_path, directory):
-    model = make_llama()
-    model.model.layers[0].mlp.up_proj = torch.nn.Linear(24, 40, bias=False)
+def test_other_shape(tmp_path):
     trained(make_llama).save_pretrained(tmp_path / "llama")
     other = sparsify(make_llama(), density=0.2)
     path = tmp_path / "llama" / "model.safetensors"
     weights = load_file(path)
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:-1].clone()
     save_file(weights, path, {"format": "pt"})
-    refused(tmp_path / "llama", r"up_proj' has shape \(39, 24\)", other)
+    refused(tmp_path / "llama", r"up_proj.weight' is \(39, 24\) there and \(40, 24\) here", other)
 
 
 def test_weights_of_another_moment(directory):
     trained(make_gpt2, seed=5).save_pretrained(directory.parent / "other")
     shutil.copy(directory.parent / "other" / "model.safetensors", directory / "model.safetensors")
     refused(directory, "not saved together")
+
+
+def test_weights_of_another_step_with_the_same_active_set(tmp_path):
+    model = trained(make_gpt2, refresh_every=1000)
+    model.save_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        for _, layer in sparse_layers(model):
+            layer.values *= 1.001
+    model.save_pretrained(tmp_path / "second")
+    shutil.copy(tmp_path / "second" / "model.safetensors", tmp_path / "first" / "model.safetensors")
+    refused(tmp_path / "first", "not saved together")
+
+
+def test_no_directory(tmp_path):
+    refused(tmp_path / "nowhere", "no checkpoint directory")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda weights: weights.pop("transformer.h.0.mlp.c_fc.weight"), "c_fc.weight' is missing there"),
+        (lambda weights: weights.pop("transformer.ln_f.bias"), "ln_f.bias' is missing there"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), "it has 'extra'"),
+        (lambda weights: weights.update({"transformer.wpe.weight": torch.zeros(3, 24)}), r"wpe.weight' is \(3, 24\)"),
+    ],
+)
+def test_other_dense_weights(directory, change, match):
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+    refused(directory, match)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from masked_reference import MaskedTraining
 from toy_models import loss_of, make_gpt2, token_batches
+from transformers.optimization import Adafactor
 
 from hf_topkast import TopKastConfig, TopKastController, sparsify
 from hf_topkast.surgery import sparse_layers
@@ -229,6 +230,53 @@ def test_dense_model_and_unknown_optimizer_are_refused():
         TopKastController(model, optimizer)
 
 
+def test_second_controller_is_refused():
+    model = sparsify(make_gpt2(), density=0.2)
+    optimizer = adamw(model.parameters())
+    first = TopKastController(model, optimizer)
+    with pytest.raises(ValueError, match="has a TopKastController already"):
+        TopKastController(model, optimizer)
+    first.remove()
+    TopKastController(model, optimizer)
+
+
+def test_weights_loaded_behind_the_controller_are_noticed(make_model):
+    model = sparsify(make_model(), density=0.2, refresh_every=2)
+    optimizer = adamw_fused(model.parameters())
+    controller = TopKastController(model, optimizer)
+    saved = []
+    for tokens in token_batches(3):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        saved.append(copy.deepcopy([part.state_dict() for part in (model, optimizer, controller)]))
+    model.load_state_dict(saved[0][0])
+    with pytest.raises(ValueError, match="got other weights.*controller.load_state_dict"):
+        optimizer.step()
+    optimizer.load_state_dict(saved[0][1])
+    controller.load_state_dict(saved[0][2])
+    loss_of(model, token_batches(1)[0]).backward()
+    optimizer.step()
+    assert controller.step == 2
+
+
+def test_layer_unfrozen_behind_the_optimizer_is_named():
+    model = sparsify(make_gpt2(), density=0.2)
+    frozen = model.transformer.h[0].mlp.c_fc.values.requires_grad_(False)
+    optimizer = adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
+    TopKastController(model, optimizer)
+    frozen.requires_grad_(True)
+    loss_of(model, token_batches(1)[0]).backward()
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp\.c_fc' has a gradient.*unfrozen"):
+        optimizer.step()
+
+
+def test_transformers_adafactor_trains():
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    model = sparsify(make_gpt2(), config)
+    losses, controller = train(model, config, lambda groups: Adafactor(groups, lr=None), [token_batches(1)] * 6)
+    assert losses[-1] < losses[0] and controller.mask_churn > 0
+
+
 def test_closure_is_refused():
     model = sparsify(make_gpt2(), density=0.2)
     optimizer = sgd(model.parameters())
@@ -242,8 +290,11 @@ def test_nan_at_refresh_names_the_layer():
     controller = TopKastController(model, sgd(model.parameters()))
     with torch.no_grad():
         model.transformer.h[1].attn.c_proj.values[3] = float("nan")
-    with pytest.raises(ValueError, match=r"'transformer\.h\.1\.attn\.c_proj': 1 of its 576"):
+    before = {name: layer.values.clone() for name, layer in controller.layers.items()}
+    with pytest.raises(ValueError, match=r"'transformer\.h\.1\.attn\.c_proj': 1 of its 230"):
         controller.refresh()
+    for name, layer in controller.layers.items():
+        assert torch.equal(layer.values.nan_to_num(), before[name].nan_to_num())
 
 
 def test_frozen_layers_keep_still(make_model):
@@ -257,8 +308,9 @@ def test_frozen_layers_keep_still(make_model):
     assert len(set(losses)) == 4
 
 
-def test_skipped_fp16_step_counts_for_nothing():
-    model = sparsify(make_gpt2(), density=0.2, refresh_every=1)
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_skipped_fp16_step_counts_for_nothing(mode):
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=1, penalty_mode=mode, exploration_lr_scale=0.5)
     for make_optimizer in (adamw, adamw_fused):
         optimizer = make_optimizer(model.parameters())
         controller = TopKastController(model, optimizer)

@@ -227,3 +227,8 @@ class TestReservoirDevice:
         layer = make_sparse(dense, density=0.5, backward_density=1.0, reservoir_device=device)
         assert layer.reservoir.numel() == 0 and layer.reservoir_use == 0
         assert torch.equal(layer.dense_weight(), dense.weight)
+
+
+def test_initialising_anew_is_refused(dense):
+    with pytest.raises(RuntimeError, match="initialise the dense model"):
+        make_sparse(dense).reset_parameters()

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import equal, trained
 from toy_models import make_gpt2, token_batches
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast import CheckpointError, TopKastConfig, TopKastController, densify, sparsify
 from hf_topkast.checkpoint import STATE_NAME
-from hf_topkast.surgery import sparse_layers
+from hf_topkast.surgery import sparse_info, sparse_layers
 
 
 def test_from_pretrained_gives_the_sparse_model_back(make_model, tmp_path):
@@ -21,7 +21,7 @@ def test_from_pretrained_gives_the_sparse_model_back(make_model, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert equal(model, loaded)
-    assert loaded.topkast_config == model.topkast_config
+    assert sparse_info(loaded) == sparse_info(model)
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     for (_, layer), (_, other) in zip(sparse_layers(model), sparse_layers(loaded)):
         assert torch.equal(layer.dense_weight(), other.dense_weight())
@@ -57,7 +57,7 @@ def test_dtype(tmp_path):
 
 STOCK_READER = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert "hf_topkast" not in sys.modules
 tokens = torch.load(sys.argv[1] + "/tokens.pt")
@@ -128,3 +128,14 @@ def test_a_dense_checkpoint_is_sparsified_while_loading(tmp_path):
     make_gpt2().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TopKastConfig(density=0.1))
     assert equal(loaded, sparsify(make_gpt2(), density=0.1))
+
+
+def test_base_model_and_causal_lm_read_each_other(make_model, tmp_path):
+    model, tokens = trained(make_model), token_batches(1)[0]
+    model.save_pretrained(tmp_path / "lm")
+    base = AutoModel.from_pretrained(tmp_path / "lm")
+    assert equal(base, model.base_model)
+    model.base_model.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert equal(again.base_model, model.base_model)
+    assert torch.equal(base(tokens).last_hidden_state, again.base_model(tokens).last_hidden_state)

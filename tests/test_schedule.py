@@ -11,7 +11,7 @@ def test_refresh_due_after_every_nth_step():
 
 @pytest.mark.parametrize(
     ("explore_until", "end"),
-    [(None, None), (0, 0), (0.0, 0), (1, 1), (500, 500), (500.0, 500), (0.5, 100), (1.0, 200), (0.001, 0)],
+    [(None, None), (0, 0), (0.0, 0), (1, 200), (2, 2), (500, 500), (500.0, 500), (0.5, 100), (1.0, 200), (0.001, 0)],
 )
 def test_exploration_end(explore_until, end):
     assert exploration_end(explore_until, total_steps=200) == end

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, densify, sparsify
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
-from hf_topkast.surgery import sparse_layers, sparse_root
+from hf_topkast.methods import METHODS
+from hf_topkast.surgery import sparse_info, sparse_layers
 
 
 def names(model):
@@ -30,7 +32,7 @@ def test_sizes_and_config(make_model):
     config = TopKastConfig(density=0.1, backward_density=0.3)
     model = make_model()
     assert sparsify(model, config) is model
-    assert sparse_root(model) is model and model.topkast_config is config
+    assert sparse_info(model).config is config and sparse_info(model).step == 0
     for _, layer in sparse_layers(model):
         assert layer.active_count == max(1, round(0.1 * layer.numel))
         assert layer.values.numel() == round(0.3 * layer.numel)
@@ -116,7 +118,7 @@ def test_no_match_lists_candidates():
     unchanged(
         make_gpt2(),
         lambda model: sparsify(model, density=0.2, target_modules=["query"]),
-        r"\['query'\].*Candidates: transformer\.h\.0\.attn\.c_attn",
+        r"matches \['query'\].*Candidates: transformer\.h\.0\.attn\.c_attn",
     )
     unchanged(nn.Sequential(nn.ReLU()), lambda model: sparsify(model, density=0.2), "no nn.Linear and no Conv1D")
 
@@ -147,6 +149,64 @@ def test_nan_weight_is_refused_by_layer():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
     unchanged(model, lambda model: sparsify(model, density=0.2), r"'transformer\.h\.1\.mlp\.c_fc': 1 of its")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("rule", [["c_fc", "c_fcc"], r".*\.c_fcc"])
+def test_misspelt_name_is_refused_beside_others(field, rule):
+    unchanged(make_gpt2(), lambda model: sparsify(model, density=0.2, **{field: rule}), f"{field}=.*c_fcc.*Candidates")
+
+
+def test_everything_excluded_is_refused():
+    unchanged(
+        make_gpt2(),
+        lambda model: sparsify(model, density=0.2, exclude_modules=["c_attn", "c_proj", "c_fc"]),
+        "is left",
+    )
+
+
+def test_single_layer_is_refused():
+    with pytest.raises(ValueError, match="a single Linear.*nn.Sequential"):
+        sparsify(nn.Linear(8, 8), density=0.2, target_modules="all-linear")
+
+
+def test_weights_that_are_not_loaded_are_refused():
+    with torch.device("meta"):
+        model = make_gpt2()
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' .*meta device"):
+        sparsify(model, density=0.2)
+
+
+def test_parts_with_settings_of_their_own_are_refused_in_training():
+    model = make_gpt2()
+    for block, density in zip(model.transformer.h, (0.1, 0.5)):
+        sparsify(block, density=density, target_modules="all-linear")
+    with pytest.raises(ValueError, match="by 2 calls of sparsify"):
+        sparse_info(model)
+
+
+def test_a_part_of_a_model_is_enough():
+    model = make_gpt2()
+    sparsify(model.transformer, density=0.2)
+    assert sparse_info(model) is sparse_info(model.transformer)
+
+
+def test_dense_layers_are_freed_one_by_one():
+    model = make_gpt2()
+    dense = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Conv1D"]
+    alive = []
+    choose = METHODS["topkast"]
+
+    def watch(*args):
+        alive.append(sum(reference() is not None for reference in dense))
+        return choose(*args)
+
+    METHODS["topkast"] = watch
+    try:
+        sparsify(model, density=0.2)
+    finally:
+        METHODS["topkast"] = choose
+    assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_config_and_settings_exclude_each_other():

@@ -177,6 +177,40 @@ def test_resume_from_two_moments_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_resume_without_optimizer_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError, match="has no optimizer.pt.*save_only_model"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_from_nowhere_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_resume_with_other_settings_warns(tmp_path, monkeypatch):
+    checkpoint = checkpointed(tmp_path)
+    warnings = []
+    monkeypatch.setattr("hf_topkast.trainer.logger.warning", warnings.append)
+    config = TopKastConfig(density=0.2, refresh_every=3, penalty=0.5)
+    make_trainer(tmp_path, config=config).train(resume_from_checkpoint=str(checkpoint))
+    assert warnings == ["Resuming with penalty=0.5; the checkpoint was trained with penalty=0.001."]
+
+
+def test_resume_of_a_model_sparse_in_a_part(tmp_path):
+    def trainer():
+        model = make_gpt2()
+        sparsify(model.transformer, copy.deepcopy(CONFIG))
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
+        trainer.model = trainer.model_wrapped = model
+        return trainer
+
+    straight, resumed = trainer(), trainer()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(straight.model, resumed.model)
+
+
 def test_stock_trainer_cannot_resume_silently(tmp_path):
     checkpoint = checkpointed(tmp_path)
     trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
@@ -247,16 +281,59 @@ def test_early_stopping_and_second_training(tmp_path):
         max_steps=10,
         eval_strategy="steps",
         eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
+        metric_for_best_model="loss",
         callbacks=[EarlyStoppingCallback(1)],
     )
     trainer.train()
     assert trainer.state.global_step < 10
     trainer.train()  # the first controller's hooks are gone: steps are counted once
     assert trainer.topkast_controller.step == trainer.state.global_step
+
+
+def test_training_on_from_the_best_model(tmp_path):
+    # The best model has larger sets than the last one: moments of the last must not meet its weights.
+    trainer = make_trainer(
+        tmp_path,
+        config=TopKastConfig(density=0.2, refresh_every=2, explore_until=5),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=1e-4,
+    )
+    trainer.train()
+    trainer.train()
+    for _, layer in sparse_layers(trainer.model):
+        assert torch.isfinite(layer.values).all()
+
+
+def test_only_one_callback(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[TopKastCallback()])
+    trainer.train()
+    other = make_trainer(tmp_path)
+    other.train()
+    assert same_weights(trainer.model, other.model)
+
+
+def test_own_optimizer_loses_its_decay_of_values(tmp_path):
+    model = sparsify(make_gpt2(), copy.deepcopy(CONFIG))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    TopKastTrainer(model=model, args=args, train_dataset=make_dataset(), optimizers=(optimizer, None)).train()
+    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.1]
+
+
+def test_pushed_checkpoints_have_the_state(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / STATE_NAME).write_bytes(b"state")
+    trainer._push_from_checkpoint(str(folder))
+    assert (tmp_path / STATE_NAME).read_bytes() == b"state"
 
 
 def test_bfloat16_autocast(tmp_path):

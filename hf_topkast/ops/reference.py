@@ -20,7 +20,7 @@ MIN_CHUNK_ELEMENTS = 2**16
 def expand_active(values: Tensor, pattern: Pattern) -> Tensor:
     """α: the values of A at their places, zero elsewhere. Dense, (out, in)."""
     alpha = values.new_zeros(pattern.numel)
-    alpha[pattern.flat_index()] = values * pattern.active_slots()
+    alpha[pattern.flat_index()] = torch.where(pattern.active_slots(), values, values.new_zeros(()))
     return alpha.view(pattern.shape)
 
 

@@ -33,6 +33,12 @@ def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
     torch.testing.assert_close(reference.grad_values(dy, x, pattern), dense_gradient)
 
 
+def test_infinite_exploration_weight_stays_out_of_the_product():
+    theta, active, pattern, values, x, _ = problem((6, 5))
+    values[~pattern.active_slots()] = float("inf")
+    torch.testing.assert_close(reference.forward(x, values, pattern, None), x @ (theta * active).T)
+
+
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 5, 64])
 def test_gradient_does_not_depend_on_the_chunks(rows_per_chunk, monkeypatch):
     _, _, pattern, _, x, dy = problem((64, 48))
