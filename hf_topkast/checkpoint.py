@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .base_layer import STRUCTURE, TRACKING, TopKastLayer
 from .config import TopKastConfig
-from .layers import STRUCTURE, TRACKING, TopKastLayer
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits, unpack_bits
 from .reservoir import assemble_theta

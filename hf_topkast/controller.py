@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers import TopKastLayer
+from .base_layer import TopKastLayer
 from .methods import get_method
 from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
 from .schedule import backward_density_at, exploration_end, refresh_due

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from .layers import STRUCTURE, TRACKING, TopKastLayer
+from .base_layer import STRUCTURE, TRACKING, TopKastLayer
 from .surgery import sparse_layers
 
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .base_layer import TopKastLayer
 from .config import TopKastConfig
-from .layers import SPARSE_TYPES, TopKastLayer
+from .layers import SPARSE_TYPES
 from .methods import get_method
 from .ops import select_backend
 from .selection import check_finite

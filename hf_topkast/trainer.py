@@ -105,8 +105,8 @@ class TopKastTrainerMixin:
         state = load_checkpoint(self.model, resume_from_checkpoint)
         if step != state.step:
             raise CheckpointError(
-                f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, its "
-                f"weights are of step {state.step}. Resume from another checkpoint."
+                f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, "
+                f"its weights are of step {state.step}. Resume from another checkpoint."
             )
         _warn_of_other_settings(sparse_info(self.model).config, state)
 
@@ -170,8 +170,8 @@ def resumable_step(directory: str | os.PathLike) -> int:
     for name in (OPTIMIZER_NAME, TRAINER_STATE_NAME):
         if not os.path.isfile(os.path.join(directory, name)):
             raise CheckpointError(
-                f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). Start "
-                "a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
+                f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). "
+                "Start a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
             )
     with open(os.path.join(directory, TRAINER_STATE_NAME), encoding="utf-8") as file:
         state = json.load(file)

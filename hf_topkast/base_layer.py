@@ -1,0 +1,232 @@
+"""What both sparse layers share: the numbers they store, what they compute, and how A and B change."""
+
+import torch
+from torch import Tensor, nn
+
+from .ops import masked_linear, select_backend
+from .ops.reference import expand_active
+from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
+from .reservoir import assemble_theta, put_to_rest, take_reservoir
+
+
+STRUCTURE = ("row_offsets", "active_counts", "columns")
+TRACKING = ("unvisited", "initial_reservoir_size")
+
+
+class TopKastLayer(nn.Module):
+    """
+    What both sparse layers share. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
+
+    Attributes:
+        values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`; one object for life.
+        row_offsets, active_counts, columns (`torch.Tensor`): the buffers behind `pattern`.
+        reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
+            or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
+        unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
+        initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
+        assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
+    """
+
+    stores_transposed = False
+
+    def _build(self, dense: nn.Module, active: Tensor, backward: Tensor, backend: str, reservoir_device: str):
+        """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
+        theta = self.to_rows(dense.weight.detach())
+        self.backend, self.reservoir_device = select_backend(backend), reservoir_device
+        self.assignments = 0
+        pattern = Pattern.from_masks(active, backward)
+        self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
+        self.register_parameter("bias", dense.bias)
+        for name in STRUCTURE:
+            self.register_buffer(name, getattr(pattern, name))
+        reservoir = take_reservoir(theta, backward)
+        if reservoir_device == "same":
+            self.register_buffer("reservoir", reservoir)
+        else:
+            self.reservoir = put_to_rest(reservoir, reservoir_device)
+        self.register_buffer("unvisited", pack_bits(~backward))
+        self.register_buffer("initial_reservoir_size", torch.tensor(self.reservoir.numel()))
+        self.train(dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x·αᵀ + b: (..., in) → (..., out)."""
+        return masked_linear(x, self.values, self.pattern, self.bias, self.backend)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the values stand, and which belong to A."""
+        in_features, _ = self._features()
+        return Pattern(self.row_offsets, self.active_counts, self.columns, in_features)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the layer, n."""
+        in_features, out_features = self._features()
+        return in_features * out_features
+
+    @property
+    def active_count(self) -> int:
+        """|A|."""
+        return int(self.active_counts.sum())
+
+    @property
+    def density(self) -> float:
+        """|A| / n."""
+        return self.active_count / self.numel
+
+    @property
+    def backward_density(self) -> float:
+        """|B| / n."""
+        return self.values.numel() / self.numel
+
+    @property
+    def weight(self) -> Tensor:
+        """α, dense, in the stock layout: a copy, so writing to it changes nothing."""
+        return self.to_stock(expand_active(self.values.detach(), self.pattern))
+
+    @property
+    def active_mask(self) -> Tensor:
+        """A as a dense bool mask in the stock layout."""
+        return self.to_stock(self.pattern.active_mask())
+
+    @property
+    def backward_mask(self) -> Tensor:
+        """B as a dense bool mask in the stock layout."""
+        return self.to_stock(self.pattern.backward_mask())
+
+    @property
+    def reservoir_use(self) -> float:
+        """Share of the first reservoir that has been in A since (the paper's appendix: about 5%)."""
+        total = int(self.initial_reservoir_size)
+        return 1 - int(unpack_bits(self.unvisited, self.numel).sum()) / total if total else 0.0
+
+    def dense_weight(self) -> Tensor:
+        """θ, the full weight with its reservoir, dense, in the stock layout: a copy."""
+        return self.to_stock(self.theta())
+
+    def theta(self) -> Tensor:
+        """θ as (out, in), whatever the stock layout: a copy."""
+        return assemble_theta(self.values.detach(), self.pattern, self.reservoir)
+
+    @torch.no_grad()
+    def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
+        """
+        Makes `active` and `backward` the sets A and B; every weight keeps its number. The parameter stays the same
+        object, and its gradient is dropped, for it belongs to the former slots.
+
+        Args:
+            active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
+            theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
+
+        Returns:
+            `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
+        """
+        theta = self.theta() if theta is None else theta
+        pattern = Pattern.from_masks(active, backward)
+        sources = slot_sources(self.pattern, pattern)
+        self.values.grad = None
+        self._write("values", theta.flatten()[pattern.flat_index()])
+        for name in STRUCTURE:
+            self._write(name, getattr(pattern, name))
+        self._write("reservoir", take_reservoir(theta, backward))
+        self.unvisited &= ~pack_bits(active)
+        self.assignments += 1
+        return sources
+
+    @property
+    def _rests_elsewhere(self) -> bool:
+        return self.reservoir_device != "same"
+
+    def _write(self, name: str, new: Tensor):
+        current = getattr(self, name)
+        if current.shape == new.shape:
+            current.copy_(new)
+        elif name == "reservoir" and self._rests_elsewhere:
+            self.reservoir = put_to_rest(new, self.reservoir_device)
+        else:  # the same tensor object, so that optimizers and hooks keep hold of it
+            new = new.to(current)
+            # A loss of the last step that is still referenced keeps autograd's accumulator of the former size alive;
+            # only a change of dtype makes torch drop it.
+            current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
+            current.data = new
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
+            self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
+            self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._rests_elsewhere:
+            destination[f"{prefix}reservoir"] = self.reservoir
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
+            errors.append(
+                f"Layer '{prefix[:-1]}' is sparse, but the state dict holds a dense '{prefix}weight' for it. To go on "
+                "from a saved checkpoint directory use from_pretrained, or TopKastTrainer to resume training; to "
+                "start from dense weights load them first and sparsify the model afterwards."
+            )
+            return
+        problem = self._fit_storage(state_dict, prefix)
+        if problem:
+            errors.append(f"Layer '{prefix[:-1]}': {problem}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.assignments += 1
+        if self._rests_elsewhere:  # no buffer, so torch does not know the key
+            key = f"{prefix}reservoir"
+            if key in state_dict:
+                self.reservoir.copy_(state_dict[key])
+                unexpected[:] = [other for other in unexpected if other != key]
+            elif strict:
+                missing.append(key)
+
+    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
+        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
+        sized = {name: state_dict.get(prefix + name) for name in ("values", "columns", "reservoir", "row_offsets")}
+        if any(tensor is None for tensor in sized.values()):
+            return None  # reported as missing keys by torch
+        stored = sized["values"].numel()
+        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != stored:
+            return (
+                f"the state holds {stored} values, {sized['columns'].numel()} columns and "
+                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
+            )
+        if int(sized["row_offsets"][-1]) != stored:
+            return f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds {stored} values."
+        for name in ("values", "columns", "reservoir"):
+            if getattr(self, name).shape != sized[name].shape:
+                self._write(name, sized[name].detach())
+        return None
+
+    @classmethod
+    def to_rows(cls, stock: Tensor) -> Tensor:
+        """A weight from the stock layout to (out, in)."""
+        return stock.T.contiguous() if cls.stores_transposed else stock
+
+    @classmethod
+    def to_stock(cls, rows: Tensor) -> Tensor:
+        """A weight from (out, in) to the stock layout."""
+        return rows.T.contiguous() if cls.stores_transposed else rows
+
+    def reset_parameters(self):
+        """Refuses what `nn.Linear` does: an initialisation would write to a copy of the dense weight, and be lost."""
+        raise RuntimeError("A sparse layer cannot be initialised anew: initialise the dense model, then sparsify it.")
+
+    def extra_repr(self) -> str:
+        """Shape and densities, as `print(model)` shows them."""
+        in_features, out_features = self._features()
+        return (
+            f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}, "
+            f"density={self.density:.4g}, backward_density={self.backward_density:.4g}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
