@@ -1,5 +1,6 @@
 """The sparse layers: `nn.Linear` and GPT-2's `Conv1D` of which only the weights of B are parameters."""
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
