@@ -20,6 +20,7 @@ SHARES = {"sparse": (0.1, 0.2), "no exploration": (0.3, 0.3), "full": (1.0, 1.0)
 def isa(request, monkeypatch):
     monkeypatch.setattr(cpu, "isa", request.param)
     monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 2.0)  # always entry by entry
+    monkeypatch.setattr(cpu, "AMX", False)
     return request.param
 
 
@@ -80,7 +81,7 @@ def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
 
 
 @pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("tokens", [1, 3, 100])
+@pytest.mark.parametrize("tokens", [1, 3, 100, 200])
 def test_bfloat16_is_the_exact_product_rounded_once(shape, tokens):
     assert_products(problem(shape, tokens, dtype=torch.bfloat16), torch.bfloat16)
 
@@ -152,6 +153,15 @@ def test_dense_chunks_give_the_same_gradient(monkeypatch):
     sparse = cpu.grad_values(case[-1], case[-2], case[1])
     monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 0.0)
     torch.testing.assert_close(cpu.grad_values(case[-1], case[-2], case[1]), sparse)
+
+
+def test_dense_products_take_over_where_they_are_faster(monkeypatch):
+    case = problem((64, 96), cpu.FEW_TOKENS + 1, (0.4, 0.8), torch.bfloat16)
+    monkeypatch.setattr(cpu, "AMX", True)
+    monkeypatch.setattr(cpu._native, "forward", None)
+    monkeypatch.setattr(cpu._native, "grad_input", None)
+    monkeypatch.setattr(cpu._native, "grad_values", None)
+    assert_products(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 0)])

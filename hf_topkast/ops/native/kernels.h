@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "operands.h"
+
 namespace hf_topkast {
 
 constexpr int TILE_SIZES = 4;
@@ -28,6 +30,13 @@ struct Kernels {
     // sums[p] += <lines[r], panel[offsets[p]]>; the entries of a row are padded to a multiple of four.
     void (*inner[TILE_SIZES])(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* lines,
                               int64_t rows, float* sums);
+
+    // For few tokens, straight from a pattern's arrays (columns int16 or int32, values fp32 or bf16):
+    // initial + Σ values[p] · tile[columns[p]] over begin <= p < end, of lines or, for one token, of numbers.
+    void (*multiply_row[TILE_SIZES])(const float* tile, const Array& columns, const Array& values, int64_t begin,
+                                     int64_t end, float initial, float* out);
+    float (*dot_row)(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end,
+                     float initial);
 };
 
 const Kernels* portable_kernels();

@@ -136,9 +136,85 @@ void inner(const float* panel, const int64_t* starts, const uint16_t* offsets, c
     }
 }
 
+template <int N, class Column, class Value>
+void multiply_row(const float* tile, const Column* columns, const Value* values, int64_t begin, int64_t end,
+                  float initial, float* out) {
+    constexpr int CHAINS = N < 4 ? 4 / N : 1;  // of dependent additions, enough to hide their latency
+    Vec sums[CHAINS][N] = {};
+    for (int n = 0; n < N; ++n) sums[0][n] = broadcast(initial);
+    auto add = [&](int64_t p, Vec* chain) {
+        const float* line = tile + int64_t(columns[p]) * (N * W);
+        Vec weight = broadcast(to_float(values[p]));
+        for (int n = 0; n < N; ++n) chain[n] += weight * load(line + n * W);
+    };
+    int64_t p = begin;
+    for (; p + CHAINS <= end; p += CHAINS) {
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; ++c) add(p + c, sums[c]);
+    }
+    for (; p < end; ++p) add(p, sums[0]);
+    for (int n = 0; n < N; ++n) {
+        for (int c = 1; c < CHAINS; ++c) sums[0][n] += sums[c][n];
+        store(out + n * W, sums[0][n]);
+    }
+}
+
+template <class Column, class Value>
+float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end, float initial) {
+    constexpr int AHEAD = 1536;  // entries; memory is what limits this one, and rows follow each other in it
+    Vec sums[2] = {};
+    int64_t p = begin;
+    for (; p + 2 * W <= end; p += 2 * W) {
+        __builtin_prefetch(values + p + AHEAD);
+        __builtin_prefetch(values + p + W + AHEAD);
+        __builtin_prefetch(columns + p + AHEAD);
+        sums[0] += widen(values + p) * gather(x, columns + p);
+        sums[1] += widen(values + p + W) * gather(x, columns + p + W);
+    }
+    sums[0] = fold<1>(sums[0] + sums[1]);
+    float sum = initial + sums[0][0];
+    for (; p < end; ++p) sum += to_float(values[p]) * x[columns[p]];
+    return sum;
+}
+
+// Calls visit(columns, values) with the types that the arrays have.
+template <class Visit>
+INLINE void with_types(const Array& columns, const Array& values, Visit visit) {
+    auto with_column = [&](auto* typed) {
+        if (values.itemsize == 4)
+            visit(typed, (const float*)values.address);
+        else
+            visit(typed, (const BFloat16*)values.address);
+    };
+    if (columns.itemsize == 2)
+        with_column((const int16_t*)columns.address);
+    else
+        with_column((const int32_t*)columns.address);
+}
+
+template <int N>
+void multiply_any_row(const float* tile, const Array& columns, const Array& values, int64_t begin, int64_t end,
+                      float initial, float* out) {
+    with_types(columns, values,
+               [&](auto* c, auto* v) { multiply_row<N>(tile, c, v, begin, end, initial, out); });
+}
+
+float dot_any_row(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end,
+                  float initial) {
+    float result;
+    with_types(columns, values, [&](auto* c, auto* v) { result = dot_row(x, c, v, begin, end, initial); });
+    return result;
+}
+
 constexpr Kernels TABLE = {
-    ISA_NAME, W, load_any, store_any, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    ISA_NAME,
+    W,
+    load_any,
+    store_any,
+    {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
     {inner<1>, inner<2>, inner<4>, inner<8>},
+    {multiply_any_row<1>, multiply_any_row<2>, multiply_any_row<4>, multiply_any_row<8>},
+    dot_any_row,
 };
 
 }  // namespace

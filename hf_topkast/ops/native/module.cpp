@@ -17,7 +17,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
     nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, Array, int64_t, int64_t>());
-    nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int64_t, int64_t, int>());
+    nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int64_t, int>());
 
     m.def("instruction_sets", [] {
         std::vector<std::pair<std::string, int>> names;
@@ -26,19 +26,34 @@ NB_MODULE(_native, m) {
     });
     m.def(
         "forward",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array x, int64_t tokens, Array values,
-           uintptr_t bias, Array y) {
-            forward(kernels_named(isa), schedule, pattern, x, tokens, values, (const float*)bias, y);
+        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
+           Array x, Array y) {
+            forward(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, x, y);
+        },
+        released);
+    m.def(
+        "forward_few",
+        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
+           Array x, Array y) {
+            forward_few(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, x, y);
+        },
+        released);
+    m.def(
+        "forward_dots",
+        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
+           uintptr_t x, uintptr_t y) {
+            forward_dots(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, (const float*)x,
+                         (float*)y);
         },
         released);
     m.def(
         "grad_input",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array dy, int64_t tokens, Array values,
-           Array dx) { grad_input(kernels_named(isa), schedule, pattern, dy, tokens, values, dx); },
+        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, int64_t tokens, Array dy,
+           Array dx) { grad_input(kernels_named(isa), schedule, pattern, values, tokens, dy, dx); },
         released);
     m.def(
         "grad_values",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array dy, Array x, int64_t tokens,
-           Array gradient) { grad_values(kernels_named(isa), schedule, pattern, dy, x, tokens, gradient); },
+        [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
+           Array gradient) { grad_values(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
         released);
 }

@@ -7,22 +7,30 @@
 namespace hf_topkast {
 
 struct Schedule {
-    int tile;              // log2 of the vectors of a tile line
-    int64_t column_block;  // columns of a block, a power of two
-    int64_t row_group;
+    int tile;           // log2 of the vectors of a tile line
+    int column_bits;    // log2 of the columns of a block
+    int64_t row_group;  // rows whose output lines are made together
     int threads;
 };
 
 // y = x·αᵀ + bias: (tokens, in) → (tokens, out). `bias`, fp32, may be null.
-void forward(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, Array x, int64_t tokens,
-             Array values, const float* bias, Array y);
+void forward(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+             const float* bias, int64_t tokens, const Array& x, const Array& y);
+
+// The same for few tokens, at most one tile: rows straight from the pattern, shared out among the threads.
+void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+                 const float* bias, int64_t tokens, const Array& x, const Array& y);
+
+// The same for so few that gathering a row's inputs beats making a tile of them.
+void forward_dots(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+                  const float* bias, int64_t tokens, const float* x, float* y);
 
 // dX = dY·α: (tokens, out) → (tokens, in).
-void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, Array dy, int64_t tokens,
-                Array values, Array dx);
+void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+                int64_t tokens, const Array& dy, const Array& dx);
 
 // dW|B = dYᵀX at the slots of B.
-void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, Array dy, Array x,
-                 int64_t tokens, Array gradient);
+void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, int64_t tokens,
+                 const Array& dy, const Array& x, const Array& gradient);
 
 }  // namespace hf_topkast

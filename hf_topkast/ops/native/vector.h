@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace hf_topkast {
 namespace {
 
@@ -42,6 +46,12 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(BFloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    return load_as<float>(&bits);
+}
+
 // W numbers of memory as floats.
 INLINE Vec widen(const float* from) { return load(from); }
 INLINE Vec widen(const BFloat16* from) {
@@ -55,6 +65,23 @@ INLINE void narrow(BFloat16* to, Vec x) {  // to the nearest, ties to even; a Na
     Words quiet = bits | 0x400000;
     Words is_nan = (Words)(x != x);
     store(to, __builtin_convertvector(((rounded & ~is_nan) | (quiet & is_nan)) >> 16, Halves));
+}
+
+// W floats of a table, at given places.
+template <class Index>
+INLINE Vec gather(const float* table, const Index* places) {
+    typedef Index Places __attribute__((vector_size(sizeof(Index) * W)));
+    typedef int32_t Wide __attribute__((vector_size(4 * W)));
+    Wide wide = __builtin_convertvector(load_as<Places>(places), Wide);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_mask_i32gather_ps(__m512{}, 0xffff, (__m512i)wide, table, 4);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_i32gather_ps(table, (__m256i)wide, 4);
+#else
+    Vec result;
+    for (int i = 0; i < W; ++i) result[i] = table[wide[i]];
+    return result;
+#endif
 }
 
 // Lane i of `a` or `b`, whichever bit H of i names; and the same of the lane across.
