@@ -50,8 +50,8 @@ def implementation(backend: str, x: Tensor) -> ModuleType:
         if "cpu" in BACKENDS:
             return BACKENDS["cpu"]
         logger.warning_once(
-            f"hf_topkast runs without its C++ kernels ({WHY_NO_CPU}): sparse layers save memory but no time. Install "
-            "a C++17 compiler with OpenMP (g++ 12 or clang 15) and reinstall the package to build them."
+            f"hf_topkast runs without its C++ kernels ({WHY_NO_CPU}): sparse layers save memory but no time. To build "
+            "them install a C++17 compiler with OpenMP (g++ 12, clang 15) and reinstall with --no-cache-dir."
         )
     return reference
 
