@@ -9,26 +9,51 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..pattern import Pattern
 from . import reference
 
 
+logger = logging.get_logger(__name__)
+
 BACKENDS: dict[str, ModuleType] = {"reference": reference}
+
+try:
+    from . import cpu
+except ImportError as error:  # installed without a compiler
+    WHY_NO_CPU = str(error)
+else:
+    BACKENDS["cpu"] = cpu
 
 
 def select_backend(name: str) -> str:
     """
-    Resolves the configuration's `backend` to a key of `BACKENDS`; `"auto"` is the fastest one usable here.
+    Checks the configuration's `backend`: `"auto"`, chosen at each product by device and dtype, or a key of `BACKENDS`.
 
     Raises:
         ValueError: if there is no such backend; the message lists those there are.
     """
-    if name == "auto":
-        return "reference"
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not allowed: it must be 'auto' or one of {sorted(BACKENDS)}.")
     return name
+
+
+def implementation(backend: str, x: Tensor) -> ModuleType:
+    """
+    The module that multiplies `x`: for `"auto"` the C++ kernels where they are built and `x` is float32 or bfloat16 on
+    the CPU, and the reference for anything else (float64, float16, other devices).
+    """
+    if backend != "auto":
+        return BACKENDS[backend]
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        if "cpu" in BACKENDS:
+            return BACKENDS["cpu"]
+        logger.warning_once(
+            f"hf_topkast runs without its C++ kernels ({WHY_NO_CPU}): sparse layers save memory but no time. To build "
+            "them install a C++17 compiler with OpenMP (g++ 12, clang 15) and reinstall with --no-cache-dir."
+        )
+    return reference
 
 
 def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, backend: str) -> Tensor:
@@ -43,7 +68,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         values (`torch.Tensor`): floating point, (|B|,), in the slot order of `pattern`.
         pattern ([`Pattern`]): where the values stand.
         bias (`torch.Tensor`, *optional*): (out,).
-        backend (`str`): a key of `BACKENDS`.
+        backend (`str`): `"auto"` or a key of `BACKENDS`.
 
     Returns:
         `torch.Tensor`: (..., out), in the dtype of `x`, or autocast's where autocast is on.
@@ -68,7 +93,7 @@ def _linear(
     backend: str,
 ) -> Tensor:
     pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
-    return BACKENDS[backend].forward(x, values, pattern, bias)
+    return implementation(backend, x).forward(x, values, pattern, bias)
 
 
 @_linear.register_fake
@@ -87,7 +112,7 @@ def _linear_grad_input(
     backend: str,
 ) -> Tensor:
     pattern = Pattern(row_offsets, active_counts, columns, in_features)
-    return BACKENDS[backend].grad_input(dy, values, pattern)
+    return implementation(backend, dy).grad_input(dy, values, pattern)
 
 
 @_linear_grad_input.register_fake
@@ -100,7 +125,7 @@ def _linear_grad_values(
     dy: Tensor, x: Tensor, row_offsets: Tensor, active_counts: Tensor, columns: Tensor, backend: str
 ) -> Tensor:
     pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
-    return BACKENDS[backend].grad_values(dy, x, pattern)
+    return implementation(backend, x).grad_values(dy, x, pattern)
 
 
 @_linear_grad_values.register_fake

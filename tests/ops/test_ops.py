@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from hf_topkast import ops
 from hf_topkast.ops import masked_linear, select_backend
 from hf_topkast.pattern import Pattern
 
@@ -132,7 +133,21 @@ def test_registration_is_sound():
         assert set(result.values()) == {"SUCCESS"}
 
 
+def test_without_the_kernels_the_reference_is_used_and_said_so_once(monkeypatch):
+    monkeypatch.delitem(ops.BACKENDS, "cpu", raising=False)
+    monkeypatch.setattr(ops, "WHY_NO_CPU", "no module '_native'", raising=False)
+    messages = []
+    monkeypatch.setattr(ops.logger, "warning_once", messages.append)
+    for dtype, warnings in ((torch.float64, 0), (torch.float32, 1)):
+        assert ops.implementation("auto", torch.zeros(2, dtype=dtype)) is ops.reference
+        assert len(messages) == warnings
+    assert "no module '_native'" in messages[0] and "compiler" in messages[0]
+    with pytest.raises(ValueError, match="backend='cpu'.*reference"):
+        select_backend("cpu")
+
+
 def test_backend_names():
-    assert select_backend("auto") == select_backend("reference") == "reference"
+    assert select_backend("auto") == "auto"
+    assert select_backend("reference") == "reference"
     with pytest.raises(ValueError, match="backend='tpu'.*reference"):
         select_backend("tpu")

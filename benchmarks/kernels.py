@@ -1,0 +1,167 @@
+"""
+How fast forward, dX and dW|B are against the dense products, token-major in and out, as a layer sees them.
+
+    OMP_PROC_BIND=true OMP_PLACES={0},{1} python benchmarks/kernels.py --threads 2 --json kernels.json
+
+Each peer is timed in pairs with the dense product (torch.matmul), turn and turn about, and what is shown is the median
+of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is the share of the machine's
+multiply-add rate, taken from a dense product of 2048 × 2048 × 2048, that the peer reaches on the weights it needs.
+Random unstructured masks of exact density; the weights of torch.sparse are transposed for dX beforehand, at no charge.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import hf_topkast
+from hf_topkast.ops import BACKENDS
+from hf_topkast.pattern import Pattern
+
+
+PASSES = ("forward", "grad_input", "grad_values")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["768x768", "3072x768", "768x3072"], help="out x in")
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05], help="of A")
+    parser.add_argument("--backward_ratio", type=float, default=1.0, help="size of B over size of A")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peers", nargs="+", default=[*BACKENDS, "torch.sparse"])
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of timings; the median is shown")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    return parser.parse_args()
+
+
+class Problem:
+    """One layer's tensors, and its three products by dense α."""
+
+    def __init__(self, shape: tuple[int, int], tokens: int, density: float, backward_ratio: float, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(0)
+        theta = torch.randn(shape, generator=generator)
+        order = theta.abs().flatten().argsort(descending=True)
+        sizes = [round(density * theta.numel()), round(min(1.0, density * backward_ratio) * theta.numel())]
+        active, backward = (torch.zeros(theta.numel(), dtype=torch.bool) for _ in sizes)
+        active[order[: sizes[0]]] = backward[order[: sizes[1]]] = True
+        self.pattern = Pattern.from_masks(active.view(shape), backward.view(shape))
+        self.values = theta.flatten()[self.pattern.flat_index()].to(dtype)
+        self.alpha = (theta * active.view(shape)).to(dtype)
+        self.x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+        self.dy = torch.randn(tokens, shape[0], generator=generator).to(dtype)
+        # Multiply-adds of each pass on the weights that it needs.
+        self.work = {name: tokens * size for name, size in zip(PASSES, (sizes[0], sizes[0], sizes[1]))}
+
+    def dense(self):
+        return {
+            "forward": lambda: self.x @ self.alpha.T,
+            "grad_input": lambda: self.dy @ self.alpha,
+            "grad_values": lambda: self.dy.T @ self.x,
+        }
+
+    def peer(self, name: str):
+        if name == "torch.sparse":
+            return self._torch_sparse()
+        backend = BACKENDS[name]
+        return {
+            "forward": lambda: backend.forward(self.x, self.values, self.pattern, None),
+            "grad_input": lambda: backend.grad_input(self.dy, self.values, self.pattern),
+            "grad_values": lambda: backend.grad_values(self.dy, self.x, self.pattern),
+        }
+
+    def _torch_sparse(self):
+        alpha, transposed = self.alpha.to_sparse_csr(), self.alpha.T.contiguous().to_sparse_csr()
+        stored = self.pattern.backward_mask().to(self.alpha.dtype).to_sparse_csr()
+        return {
+            "forward": lambda: (alpha @ self.x.T).T.contiguous(),
+            "grad_input": lambda: (transposed @ self.dy.T).T.contiguous(),
+            "grad_values": lambda: torch.sparse.sampled_addmm(stored, self.dy.T, self.x, beta=0.0).values(),
+        }
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(dense, peer, rounds: int) -> tuple[list[float], list[float]]:
+    """Times of both, taken in turn."""
+    pairs = [(seconds(dense), seconds(peer)) for _ in range(rounds + 1)][1:]  # the first pair warms up
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def peak(dtype: torch.dtype) -> float:
+    """Multiply-adds per second of a large dense product, the best of ten."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    return 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+def measure(problem: Problem, peer: str, rounds: int, bound: float) -> dict:
+    """One row of the table: per pass, and for the three together, by the sums of the medians."""
+    dense_passes, peer_passes = problem.dense(), problem.peer(peer)
+    row = {}
+    for name in PASSES:
+        dense, other = compare(dense_passes[name], peer_passes[name], rounds)
+        ratio = statistics.median(d / p for d, p in zip(dense, other))
+        row[name] = cell(statistics.median(dense), statistics.median(other), ratio, problem.work[name] / bound)
+    dense, other = (sum(row[name][key] for name in PASSES) / 1e3 for key in ("dense_ms", "peer_ms"))
+    row["together"] = cell(dense, other, dense / other, sum(problem.work.values()) / bound)
+    return row
+
+
+def cell(dense: float, peer: float, ratio: float, least: float) -> dict:
+    """Seconds of both, and `least`, those that the work takes at the machine's rate."""
+    return {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "ratio": ratio, "bound": least / peer}
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.open() if "model name" in line] if info.exists() else []
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def machine(threads: int) -> dict:
+    return {
+        "cpu": cpu_name(),
+        "instruction_set": BACKENDS["cpu"].isa if "cpu" in BACKENDS else None,
+        "threads": threads,
+        "torch": torch.__version__,
+        "hf_topkast": hf_topkast.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def main():
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    bound = peak(dtype)
+    result = {"machine": machine(arguments.threads), "dtype": arguments.dtype, "peak_gflops": 2e-9 * bound, "rows": []}
+    print(" · ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    print(f"{arguments.dtype}, dense 2048³ at {2e-9 * bound:.0f} GFLOP/s; cells: dense/peer (peer ms, share of bound)")
+    print("| out × in | tokens | density | peer | forward | dX | dW at B | together |\n" + "| --- " * 8 + "|")
+    for shape in arguments.shapes:
+        out_features, in_features = map(int, shape.split("x"))
+        for tokens in arguments.tokens:
+            for density in arguments.densities:
+                size = (out_features, in_features)
+                problem = Problem(size, tokens, density, arguments.backward_ratio, dtype)
+                for peer in arguments.peers:
+                    row = measure(problem, peer, arguments.rounds, bound)
+                    result["rows"].append({"shape": size, "tokens": tokens, "density": density, "peer": peer, **row})
+                    cells = [f"{c['ratio']:.2f} ({c['peer_ms']:.3g}, {c['bound']:.0%})" for c in row.values()]
+                    print("|", " | ".join([shape, str(tokens), f"{density:g}", peer, *cells]), "|", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+// The entries of a pattern in the order in which the kernels meet them: cut into blocks of columns, so that the panel
+// of input lines that a block reads stays in the innermost cache while all rows of a group go over it.
+//
+// Made anew by every product, like the packing of a dense one: it costs a few cycles per entry, against one vector
+// operation per entry and 16 tokens, and makes α, αᵀ and B, of any index and value type, the same to the kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "operands.h"
+
+namespace hf_topkast {
+
+enum class Entries { ACTIVE, ACTIVE_TRANSPOSED, STORED };
+
+struct Grid {
+    int64_t rows, columns;
+    int column_bits;    // a block has 2^column_bits columns
+    int64_t row_group;  // rows whose output lines stay in the second cache together
+
+    int64_t blocks() const { return ((columns - 1) >> column_bits) + 1; }
+    int64_t groups() const { return (rows + row_group - 1) / row_group; }
+    int64_t rows_of(int64_t group) const {
+        int64_t left = rows - group * row_group;
+        return left < row_group ? left : row_group;
+    }
+    // A segment is the part of one row in one block. They are numbered by groups, then blocks, then rows.
+    int64_t first_segment(int64_t group, int64_t block) const {
+        return group * row_group * blocks() + block * rows_of(group);
+    }
+    int64_t segments() const { return rows * blocks(); }
+};
+
+struct Blocks {
+    Grid grid;
+    std::unique_ptr<int64_t[]> starts;     // first entry of each segment, and the end of the last
+    std::unique_ptr<uint16_t[]> offsets;   // of an entry's line in its block's panel, in floats
+    std::unique_ptr<float[]> values;       // of ACTIVE and ACTIVE_TRANSPOSED
+    int64_t size() const { return starts[grid.segments()]; }
+};
+
+// `line` is the length of a tile line in floats; line · 2^column_bits must not pass 2¹⁶. Entries of STORED segments
+// are padded to a multiple of four.
+Blocks make_blocks(const Pattern& pattern, Entries which, const Array* values, int column_bits, int64_t row_group,
+                   int64_t line, int threads);
+
+// gradient[slot] = Σ of the `parts` sums of the slot's entry, in order; `stride` floats apart. For STORED blocks.
+void collect_sums(const Pattern& pattern, const Blocks& blocks, const float* sums, int parts, int64_t stride,
+                  const Array& gradient, int threads);
+
+}  // namespace hf_topkast

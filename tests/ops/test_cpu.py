@@ -1,0 +1,201 @@
+"""The C++ kernels against the dense masked product, for every instruction set of this machine."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_topkast.ops import BACKENDS, implementation, masked_linear, reference
+from hf_topkast.pattern import Pattern
+
+
+cpu = pytest.importorskip("hf_topkast.ops.cpu", reason="the C++ extension is not built", exc_type=ImportError)
+
+SIZES = [(1, 1), (3, 172), (172, 3), (769, 64), (130, 769)]
+SHARES = {"sparse": (0.1, 0.2), "no exploration": (0.3, 0.3), "full": (1.0, 1.0), "empty": (0.0, 0.0)}
+
+
+@pytest.fixture(params=list(cpu.INSTRUCTION_SETS), autouse=True)
+def isa(request, monkeypatch):
+    monkeypatch.setattr(cpu, "isa", request.param)
+    monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 2.0)  # always entry by entry
+    monkeypatch.setattr(cpu, "AMX", False)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, for this test only."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problem(shape, tokens, shares=(0.1, 0.2), dtype=torch.float32, seed=0):
+    """α, pattern, values, bias, x and dY; row 0 is empty, row 1 full, where there are more."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(shape, generator=generator)
+    active, backward = draw < shares[0], draw < shares[1]
+    if shape[0] > 2 and 0 < shares[0] < 1:
+        active[0] = backward[0] = False
+        active[1] = backward[1] = True
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    theta, bias = normal(*shape), normal(shape[0])
+    pattern = Pattern.from_masks(active, backward)
+    values = theta.flatten()[pattern.flat_index()]
+    return theta * active, pattern, values, bias, normal(tokens, shape[1]), normal(tokens, shape[0])
+
+
+def exact(alpha, pattern, bias, x, dy):
+    """The three products by the dense formulas, in float64."""
+    alpha, bias, x, dy = (tensor.double() for tensor in (alpha, bias, x, dy))
+    return x @ alpha.T + bias, dy @ alpha, (dy.T @ x).flatten()[pattern.flat_index()]
+
+
+def products(pattern, values, bias, x, dy):
+    return (
+        cpu.forward(x, values, pattern, bias),
+        cpu.grad_input(dy, values, pattern),
+        cpu.grad_values(dy, x, pattern),
+    )
+
+
+def assert_products(case, dtype=torch.float32):
+    alpha, pattern, values, bias, x, dy = case
+    atol = 1e-5 * max(*alpha.shape, len(x)) ** 0.5
+    tolerance = {"rtol": 1e-5 if dtype == torch.float32 else 2**-8, "atol": atol}
+    for got, want in zip(products(pattern, values, bias, x, dy), exact(alpha, pattern, bias, x, dy)):
+        assert got.dtype == dtype and got.shape == want.shape
+        torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 64, 333])
+def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
+    assert_products(problem(shape, tokens, shares))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("tokens", [1, 3, 100, 200])
+def test_bfloat16_is_the_exact_product_rounded_once(shape, tokens):
+    assert_products(problem(shape, tokens, dtype=torch.bfloat16), torch.bfloat16)
+
+
+def test_each_operand_may_have_its_own_dtype():
+    _, pattern, values, bias, x, dy = problem((48, 80), 20)
+    mixed = products(pattern, values.bfloat16(), bias.bfloat16(), x, dy)
+    same = products(pattern, values.bfloat16().float(), bias.bfloat16().float(), x, dy)
+    assert all(torch.equal(got, want) for got, want in zip(mixed, same))
+    assert all(torch.equal(got.float(), want.float()) for got, want in zip(mixed, same))
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_wide_layers_have_int32_columns(tokens):
+    case = problem((5, 40_000), tokens, (0.01, 0.02))
+    assert case[1].columns.dtype == torch.int32
+    assert_products(case)
+
+
+def test_many_rows_are_worked_in_groups():
+    assert_products(problem((2 * cpu.ROW_GROUP + 5, 40), 70))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_any_number_of_threads(count, tokens, threads, monkeypatch):
+    threads(count)
+    monkeypatch.setattr(cpu, "GRAIN", 1)
+    case = problem((100, 200), tokens)
+    assert_products(case)
+    first, second = products(*case[1:]), products(*case[1:])
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_concurrent_calls_do_not_disturb_each_other(monkeypatch):
+    monkeypatch.setattr(cpu, "GRAIN", 1)
+    cases = [problem((60 + i, 90), 130, seed=i) for i in range(8)]
+    alone = [products(*case[1:]) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda case: products(*case[1:]), cases * 4))
+    for got, want in zip(together, alone * 4):
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_inputs_need_not_be_contiguous():
+    _, pattern, values, bias, x, dy = problem((30, 50), 12)
+    strange = [
+        pattern,
+        values.repeat_interleave(2)[::2],
+        bias.repeat_interleave(3)[::3],
+        x.T.contiguous().T,
+        dy.expand(2, *dy.shape)[1].T.contiguous().T,
+    ]
+    for got, want in zip(products(*strange), products(pattern, values, bias, x, dy)):
+        assert torch.equal(got, want)
+
+
+def test_a_nan_stays_where_the_sparse_layer_reads_it():
+    alpha, pattern, values, bias, x, _ = problem((40, 60), 20)
+    x[3, 5] = float("nan")
+    y = cpu.forward(x, values, pattern, bias)
+    reads = alpha[:, 5] != 0
+    assert torch.equal(y[3].isnan(), reads)
+    assert not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+def test_dense_chunks_give_the_same_gradient(monkeypatch):
+    case = problem((64, 96), 40, (0.4, 0.8))
+    sparse = cpu.grad_values(case[-1], case[-2], case[1])
+    monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 0.0)
+    torch.testing.assert_close(cpu.grad_values(case[-1], case[-2], case[1]), sparse)
+
+
+def test_dense_products_take_over_where_they_are_faster(monkeypatch):
+    case = problem((64, 96), cpu.FEW_TOKENS + 1, (0.4, 0.8), torch.bfloat16)
+    monkeypatch.setattr(cpu, "AMX", True)
+    monkeypatch.setattr(cpu._native, "forward", None)
+    monkeypatch.setattr(cpu._native, "grad_input", None)
+    monkeypatch.setattr(cpu._native, "grad_values", None)
+    assert_products(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 0)])
+def test_a_layer_and_its_gradients(leading):
+    _, pattern, values, bias, *_ = problem((6, 5), 1, (0.4, 0.7))
+    x = torch.randn(*leading, 5)
+    results = []
+    for backend in ("cpu", "reference"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, values, bias)]
+        y = masked_linear(leaves[0], leaves[1], pattern, leaves[2], backend)
+        y.square().sum().backward()
+        results.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)
+
+
+def test_auto_chooses_by_dtype():
+    assert BACKENDS["cpu"] is cpu
+    for dtype, module in ((torch.float32, cpu), (torch.bfloat16, cpu), (torch.float64, reference)):
+        assert implementation("auto", torch.zeros(1, dtype=dtype)) is module
+
+
+def test_what_it_cannot_multiply_is_an_error():
+    _, pattern, values, bias, x, dy = problem((6, 5), 4)
+    with pytest.raises(TypeError, match="float64.*backend='auto'"):
+        cpu.forward(x.double(), values, pattern, bias)
+    with pytest.raises(ValueError, match="not the layer's 5"):
+        cpu.forward(dy, values, pattern, bias)
+
+
+def test_torch_and_the_kernels_share_one_thread_pool():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc here")
+    cpu.forward(*(problem((6, 5), 4)[i] for i in (4, 2, 1, 3)))
+    pools = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    assert len(pools) == 1, pools
