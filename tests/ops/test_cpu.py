@@ -106,7 +106,8 @@ def test_all_index_types_give_the_same_numbers(tokens):
     _, pattern, *operands = problem((30, 50), tokens)
     wide = Pattern(pattern.row_offsets.long(), pattern.active_counts.int(), pattern.columns.int(), 50)
     for got, want in zip(products(wide, *operands), products(pattern, *operands)):
-        assert torch.equal(got, want)
+        # Not bit for bit: the compiler may fuse the last few multiply-adds of one type and not of another.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_many_rows_are_worked_in_groups():
