@@ -34,7 +34,7 @@ MAX_VECTORS = 8
 PANEL, SPARSE_PANEL = 2**13, 2**14
 # Tokens of a tile in those two cases, as far as the instruction set's registers hold a line of them.
 LINE, SPARSE_LINE = 128, 64
-SPARSE_DENSITY = 0.15
+SPARSE_DENSITY = 0.25
 # Rows whose output lines stay in the second cache together.
 ROW_GROUP = 1024
 # Above this share of B, dW in chunks of the dense product is faster than entry by entry.
@@ -62,9 +62,9 @@ def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) ->
     if y.numel():
         common = _structure(pattern), _array(values), 0 if bias is None else bias.data_ptr()
         if len(rows) <= DOT_TOKENS:
-            y = y.float()
-            rows = rows.float()
-            _native.forward_dots(isa, _schedule(rows, pattern), *common, len(rows), rows.data_ptr(), y.data_ptr())
+            rows, y = rows.float(), y.float()
+            schedule = _few_schedule(rows, pattern)
+            _native.forward_dots(isa, schedule, *common, len(rows), rows.data_ptr(), y.data_ptr())
         elif len(rows) <= FEW_TOKENS:
             line = min(SPARSE_LINE, MAX_VECTORS * INSTRUCTION_SETS[isa])
             for few, out in zip(rows.split(line), y.split(line)):
@@ -118,7 +118,7 @@ def _schedule(rows: Tensor, pattern: Pattern, entries: int | None = None) -> "_n
     while vectors > 1 and vectors * width * threads > len(rows):  # rather a tile for each thread
         vectors //= 2
     block = (PANEL if dense else SPARSE_PANEL) // (vectors * width)
-    return _native.Schedule(_log2(vectors), _log2(block), ROW_GROUP, threads)
+    return _native.Schedule(_log2(vectors), _log2(block), _log2(ROW_GROUP), threads)
 
 
 def _few_schedule(rows: Tensor, pattern: Pattern) -> "_native.Schedule":

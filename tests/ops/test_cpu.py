@@ -101,6 +101,15 @@ def test_wide_layers_have_int32_columns(tokens):
     assert_products(case)
 
 
+@pytest.mark.parametrize("tokens", [1, 70, 200])
+def test_all_index_types_give_the_same_numbers(tokens):
+    _, pattern, *operands = problem((30, 50), tokens)
+    wide = Pattern(pattern.row_offsets.long(), pattern.active_counts.int(), pattern.columns.int(), 50)
+    for got, want in zip(products(wide, *operands), products(pattern, *operands)):
+        # Not bit for bit: the compiler may fuse the last few multiply-adds of one type and not of another.
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 def test_many_rows_are_worked_in_groups():
     assert_products(problem((2 * cpu.ROW_GROUP + 5, 40), 70))
 

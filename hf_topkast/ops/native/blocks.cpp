@@ -46,8 +46,8 @@ void for_runs(const Pattern& pattern, const Grid& grid, bool stored, const Colum
               Visit visit) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < grid.rows; ++row) {
-        int64_t group = row / grid.row_group;
-        int64_t stride = grid.rows_of(group), base = grid.first_segment(group, 0) + row - group * grid.row_group;
+        int64_t group = row >> grid.row_bits;
+        int64_t stride = grid.rows_of(group), base = grid.first_segment(group, 0) + row - grid.first_row(group);
         int64_t ends[] = {pattern.active_end(row), stored ? pattern.end(row) : 0};
         int64_t slot = pattern.begin(row);
         for (int64_t end : ends)
@@ -68,12 +68,12 @@ void for_transposed(const Pattern& pattern, const Grid& grid, const Column* colu
     for (int64_t block = 0; block < grid.blocks(); ++block) {
         std::vector<int64_t> base(grid.groups());  // segment − column
         for (int64_t group = 0; group < grid.groups(); ++group)
-            base[group] = grid.first_segment(group, block) - group * grid.row_group;
+            base[group] = grid.first_segment(group, block) - grid.first_row(group);
         int64_t first = block << grid.column_bits;
         int64_t last = std::min(grid.columns, first + (int64_t(1) << grid.column_bits));
         for (int64_t row = first; row < last; ++row)
             for (int64_t slot = pattern.begin(row), end = pattern.active_end(row); slot < end; ++slot)
-                visit(base[uint32_t(columns[slot]) / uint32_t(grid.row_group)] + columns[slot], row - first, slot);
+                visit(base[columns[slot] >> grid.row_bits] + columns[slot], row - first, slot);
     }
 }
 
@@ -85,10 +85,10 @@ void add_up(int64_t* starts, int64_t segments, int64_t padding) {
 
 }  // namespace
 
-Blocks make_blocks(const Pattern& pattern, Entries which, const Array* values, int column_bits, int64_t row_group,
+Blocks make_blocks(const Pattern& pattern, Entries which, const Array* values, int column_bits, int row_bits,
                    int64_t line, int threads) {
     bool stored = which == Entries::STORED, transposed = which == Entries::ACTIVE_TRANSPOSED;
-    Blocks blocks = {{pattern.out_features, pattern.in_features, column_bits, row_group}, nullptr, nullptr, nullptr};
+    Blocks blocks = {{pattern.out_features, pattern.in_features, column_bits, row_bits}, nullptr, nullptr, nullptr};
     Grid& grid = blocks.grid;
     if (transposed) std::swap(grid.rows, grid.columns);
     int64_t segments = grid.segments();

@@ -16,18 +16,19 @@ enum class Entries { ACTIVE, ACTIVE_TRANSPOSED, STORED };
 
 struct Grid {
     int64_t rows, columns;
-    int column_bits;    // a block has 2^column_bits columns
-    int64_t row_group;  // rows whose output lines stay in the second cache together
+    int column_bits;  // a block has 2^column_bits columns
+    int row_bits;     // a group has 2^row_bits rows, whose output lines stay in the second cache together
 
     int64_t blocks() const { return ((columns - 1) >> column_bits) + 1; }
-    int64_t groups() const { return (rows + row_group - 1) / row_group; }
+    int64_t groups() const { return ((rows - 1) >> row_bits) + 1; }
+    int64_t first_row(int64_t group) const { return group << row_bits; }
     int64_t rows_of(int64_t group) const {
-        int64_t left = rows - group * row_group;
-        return left < row_group ? left : row_group;
+        int64_t left = rows - first_row(group), most = int64_t(1) << row_bits;
+        return left < most ? left : most;
     }
     // A segment is the part of one row in one block. They are numbered by groups, then blocks, then rows.
     int64_t first_segment(int64_t group, int64_t block) const {
-        return group * row_group * blocks() + block * rows_of(group);
+        return first_row(group) * blocks() + block * rows_of(group);
     }
     int64_t segments() const { return rows * blocks(); }
 };
@@ -42,7 +43,7 @@ struct Blocks {
 
 // `line` is the length of a tile line in floats; line · 2^column_bits must not pass 2¹⁶. Entries of STORED segments
 // are padded to a multiple of four.
-Blocks make_blocks(const Pattern& pattern, Entries which, const Array* values, int column_bits, int64_t row_group,
+Blocks make_blocks(const Pattern& pattern, Entries which, const Array* values, int column_bits, int row_bits,
                    int64_t line, int threads);
 
 // gradient[slot] = Σ of the `parts` sums of the slot's entry, in order; `stride` floats apart. For STORED blocks.

@@ -17,7 +17,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
     nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, Array, int64_t, int64_t>());
-    nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int64_t, int>());
+    nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int, int>());
 
     m.def("instruction_sets", [] {
         std::vector<std::pair<std::string, int>> names;

@@ -52,7 +52,7 @@ void multiply(const Kernels& kernels, const Schedule& schedule, const Blocks& bl
     expect_large_pages(output, tokens * grid.rows);
 #pragma omp parallel num_threads(schedule.threads)
     {
-        float* inputs = scratch((grid.columns + std::min(grid.row_group, grid.rows)) * line);
+        float* inputs = scratch((grid.columns + grid.rows_of(0)) * line);
         float* outputs = inputs + grid.columns * line;
 #pragma omp for schedule(dynamic)
         for (int64_t token = 0; token < tokens; token += line) {
@@ -60,7 +60,7 @@ void multiply(const Kernels& kernels, const Schedule& schedule, const Blocks& bl
             kernels.load_tile(input.at(token * grid.columns), input.itemsize, grid.columns, count, grid.columns, line,
                               inputs);
             for (int64_t group = 0; group < grid.groups(); ++group) {
-                int64_t rows = grid.rows_of(group), first = group * grid.row_group;
+                int64_t rows = grid.rows_of(group), first = grid.first_row(group);
                 for (int64_t block = 0; block < grid.blocks(); ++block)
                     kernel(inputs + (block << grid.column_bits) * line,
                            blocks.starts.get() + grid.first_segment(group, block), blocks.offsets.get(),
@@ -77,7 +77,7 @@ void multiply(const Kernels& kernels, const Schedule& schedule, const Blocks& bl
 void forward(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
              const float* bias, int64_t tokens, const Array& x, const Array& y) {
     int64_t line = kernels.width << schedule.tile;
-    Blocks blocks = make_blocks(pattern, Entries::ACTIVE, &values, schedule.column_bits, schedule.row_group, line,
+    Blocks blocks = make_blocks(pattern, Entries::ACTIVE, &values, schedule.column_bits, schedule.row_bits, line,
                                 schedule.threads);
     std::vector<float> zeros(bias ? 0 : pattern.out_features);
     multiply(kernels, schedule, blocks, x, tokens, bias ? bias : zeros.data(), y);
@@ -119,7 +119,7 @@ void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern&
                 int64_t tokens, const Array& dy, const Array& dx) {
     int64_t line = kernels.width << schedule.tile;
     Blocks blocks = make_blocks(pattern, Entries::ACTIVE_TRANSPOSED, &values, schedule.column_bits,
-                                schedule.row_group, line, schedule.threads);
+                                schedule.row_bits, line, schedule.threads);
     std::vector<float> zeros(pattern.in_features);
     multiply(kernels, schedule, blocks, dy, tokens, zeros.data(), dx);
 }
@@ -127,7 +127,7 @@ void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern&
 void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, int64_t tokens,
                  const Array& dy, const Array& x, const Array& gradient) {
     int64_t line = kernels.width << schedule.tile;
-    Blocks blocks = make_blocks(pattern, Entries::STORED, nullptr, schedule.column_bits, schedule.row_group, line,
+    Blocks blocks = make_blocks(pattern, Entries::STORED, nullptr, schedule.column_bits, schedule.row_bits, line,
                                 schedule.threads);
     const Grid& grid = blocks.grid;
     auto kernel = kernels.inner[schedule.tile];
@@ -138,7 +138,7 @@ void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern
     std::unique_ptr<float[]> sums(new float[parts * stride]);
 #pragma omp parallel for schedule(static) num_threads(parts)
     for (int part = 0; part < parts; ++part) {
-        float* inputs = scratch((grid.columns + std::min(grid.row_group, grid.rows)) * line);
+        float* inputs = scratch((grid.columns + grid.rows_of(0)) * line);
         float* lines = inputs + grid.columns * line;
         float* own = sums.get() + part * stride;
         std::fill(own, own + blocks.size(), 0.0f);
@@ -146,7 +146,7 @@ void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern
             int64_t token = tile * line, count = std::min(line, tokens - token);
             kernels.load_tile(x.at(token * grid.columns), x.itemsize, grid.columns, count, grid.columns, line, inputs);
             for (int64_t group = 0; group < grid.groups(); ++group) {
-                int64_t rows = grid.rows_of(group), first = group * grid.row_group;
+                int64_t rows = grid.rows_of(group), first = grid.first_row(group);
                 kernels.load_tile(dy.at(token * grid.rows + first), dy.itemsize, grid.rows, count, rows, line, lines);
                 for (int64_t block = 0; block < grid.blocks(); ++block)
                     kernel(inputs + (block << grid.column_bits) * line,

@@ -7,9 +7,9 @@
 namespace hf_topkast {
 
 struct Schedule {
-    int tile;           // log2 of the vectors of a tile line
-    int column_bits;    // log2 of the columns of a block
-    int64_t row_group;  // rows whose output lines are made together
+    int tile;         // log2 of the vectors of a tile line
+    int column_bits;  // log2 of the columns of a block
+    int row_bits;     // log2 of the rows of a group, whose output lines are made together
     int threads;
 };
 
