@@ -11,15 +11,11 @@ Random unstructured masks of exact density; the weights of torch.sparse are tran
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
+from measure import interleaved, machine, make_parser, median_ratio
 
-import hf_topkast
 from hf_topkast.ops import BACKENDS
 from hf_topkast.pattern import Pattern
 
@@ -28,16 +24,15 @@ PASSES = ("forward", "grad_input", "grad_values")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Shapes, densities and peers of the run."""
+    parser = make_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["768x768", "3072x768", "768x3072"], help="out x in")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05], help="of A")
-    parser.add_argument("--backward_ratio", type=float, default=1.0, help="size of B over size of A")
+    parser.add_argument("--backward-ratio", type=float, default=1.0, help="size of B over size of A")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", nargs="+", default=[*BACKENDS, "torch.sparse"])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timings; the median is shown")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser.parse_args()
 
 
@@ -86,22 +81,10 @@ class Problem:
         }
 
 
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def compare(dense, peer, rounds: int) -> tuple[list[float], list[float]]:
-    """Times of both, taken in turn."""
-    pairs = [(seconds(dense), seconds(peer)) for _ in range(rounds + 1)][1:]  # the first pair warms up
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
 def peak(dtype: torch.dtype) -> float:
     """Multiply-adds per second of a large dense product, the best of ten."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
+    return 2048**3 / min(interleaved({"product": lambda: a @ b}, 10)["product"])
 
 
 def measure(problem: Problem, peer: str, rounds: int, bound: float) -> dict:
@@ -109,8 +92,9 @@ def measure(problem: Problem, peer: str, rounds: int, bound: float) -> dict:
     dense_passes, peer_passes = problem.dense(), problem.peer(peer)
     row = {}
     for name in PASSES:
-        dense, other = compare(dense_passes[name], peer_passes[name], rounds)
-        ratio = statistics.median(d / p for d, p in zip(dense, other))
+        seconds = interleaved({"dense": dense_passes[name], "peer": peer_passes[name]}, rounds)
+        dense, other = seconds["dense"], seconds["peer"]
+        ratio = median_ratio(dense, other)
         row[name] = cell(statistics.median(dense), statistics.median(other), ratio, problem.work[name] / bound)
     dense, other = (sum(row[name][key] for name in PASSES) / 1e3 for key in ("dense_ms", "peer_ms"))
     row["together"] = cell(dense, other, dense / other, sum(problem.work.values()) / bound)
@@ -122,29 +106,13 @@ def cell(dense: float, peer: float, ratio: float, least: float) -> dict:
     return {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "ratio": ratio, "bound": least / peer}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.open() if "model name" in line] if info.exists() else []
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
-
-
-def machine(threads: int) -> dict:
-    return {
-        "cpu": cpu_name(),
-        "instruction_set": BACKENDS["cpu"].isa if "cpu" in BACKENDS else None,
-        "threads": threads,
-        "torch": torch.__version__,
-        "hf_topkast": hf_topkast.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-    }
-
-
 def main():
+    """Prints the table."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     bound = peak(dtype)
-    result = {"machine": machine(arguments.threads), "dtype": arguments.dtype, "peak_gflops": 2e-9 * bound, "rows": []}
+    result = {"machine": machine(), "dtype": arguments.dtype, "peak_gflops": 2e-9 * bound, "rows": []}
     print(" · ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"{arguments.dtype}, dense 2048³ at {2e-9 * bound:.0f} GFLOP/s; cells: dense/peer (peer ms, share of bound)")
     print("| out × in | tokens | density | peer | forward | dX | dW at B | together |\n" + "| --- " * 8 + "|")

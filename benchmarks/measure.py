@@ -14,6 +14,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_topkast
+from hf_topkast.ops import BACKENDS
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -70,6 +71,7 @@ def machine() -> dict[str, str]:
     return {
         "device": device,
         "threads": str(torch.get_num_threads()),
+        "kernels": BACKENDS["cpu"].isa if "cpu" in BACKENDS else "reference",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_topkast": hf_topkast.__version__,
@@ -79,7 +81,7 @@ def machine() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name with its widest vector instructions."""
+    """The processor's name, with the vector instructions that torch uses on it."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -90,7 +92,7 @@ def cpu_name() -> str:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A command line with `--json` and `--threads`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the measurement to this file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
