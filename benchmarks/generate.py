@@ -1,7 +1,7 @@
 """
 Tokens per second of `generate()` at batch 1, sparse against dense, in one process.
 
-    OMP_PROC_BIND=true OMP_PLACES={0},{1} python benchmarks/generate.py [--width 1024] [--layers 4] [--json FILE]
+    OMP_PROC_BIND=true OMP_PLACES={0},{1} python -m benchmarks.generate [--width 1024] [--layers 4] [--json FILE]
 
 One token at a time is bound by reading weights, so fewer weights are less time. Rounds are interleaved; the ratio is
 the median over the rounds.
@@ -10,9 +10,10 @@ the median over the rounds.
 import statistics
 
 import torch
-from measure import interleaved, make_gpt2, make_parser, median_ratio, report
 
 from hf_topkast import sparsify
+
+from .measure import interleaved, make_gpt2, make_parser, median_ratio, report
 
 
 def main():

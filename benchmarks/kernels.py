@@ -1,7 +1,7 @@
 """
 How fast forward, dX and dW|B are against the dense products, token-major in and out, as a layer sees them.
 
-    OMP_PROC_BIND=true OMP_PLACES={0},{1} python benchmarks/kernels.py --threads 2 --json kernels.json
+    OMP_PROC_BIND=true OMP_PLACES={0},{1} python -m benchmarks.kernels --threads 2 --json kernels.json
 
 Each peer is timed in pairs with the dense product (torch.matmul), turn and turn about, and what is shown is the median
 of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is the share of the machine's
@@ -14,10 +14,11 @@ import json
 import statistics
 
 import torch
-from measure import interleaved, machine, make_parser, median_ratio
 
 from hf_topkast.ops import BACKENDS
 from hf_topkast.pattern import Pattern
+
+from .measure import interleaved, machine, make_parser, median_ratio
 
 
 PASSES = ("forward", "grad_input", "grad_values")

@@ -1,17 +1,18 @@
 """
 Live bytes after a training step, sparse against dense AdamW, and what `sparsity_report` states.
 
-    python benchmarks/memory.py [--width 512] [--layers 4] [--json FILE]
+    python -m benchmarks.memory [--width 512] [--layers 4] [--json FILE]
 
 Live bytes are those of every tensor that lives between steps: parameters, gradients, optimizer state, indices and
 reservoir. Those of activations are the same for both and not counted; those of a reservoir on disk are not memory.
 """
 
 import torch
-from measure import make_gpt2, make_parser, report
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
 from hf_topkast.surgery import sparse_layers
+
+from .measure import make_gpt2, make_parser, report
 
 
 SETTINGS = [(0.2, 0.4), (0.1, 0.2), (0.05, 0.1)]

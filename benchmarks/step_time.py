@@ -1,7 +1,7 @@
 """
 Whole training steps, sparse against dense, in one process: forward, backward and optimizer.
 
-    OMP_PROC_BIND=true OMP_PLACES={0},{1} python benchmarks/step_time.py [--width 768] [--layers 4] [--json FILE]
+    OMP_PROC_BIND=true OMP_PLACES={0},{1} python -m benchmarks.step_time [--width 768] [--layers 4] [--json FILE]
 
 Rounds are interleaved; a ratio is the median over the rounds of dense over sparse time, so above 1 the sparse step is
 faster. The Amdahl bound is the ratio if all sparse products were free: dense step over (dense step − its projections).
@@ -12,10 +12,11 @@ import statistics
 import time
 
 import torch
-from measure import interleaved, make_gpt2, make_parser, median_ratio, report
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast import TopKastController, sparsify
+
+from .measure import interleaved, make_gpt2, make_parser, median_ratio, report
 
 
 SETTINGS = [(0.2, 0.4), (0.1, 0.2), (0.05, 0.1)]
