@@ -78,6 +78,9 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         dtype = torch.get_autocast_dtype(device_type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
+        return implementation(backend, x).forward(x, values, pattern, bias)
     structure = (pattern.row_offsets, pattern.active_counts, pattern.columns)
     return _linear(x, values, *structure, bias, backend)
 

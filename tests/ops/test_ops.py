@@ -118,6 +118,16 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward():
     assert kept and max(kept) == values.numel() < 40 * 30
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_gradients_the_output_is_the_same(dtype):
+    _, _, pattern, values, x, bias = problem(dtype)
+    expected = masked_linear(x, values, pattern, bias, "auto")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y = masked_linear(x, values, pattern, bias, "auto")
+        assert torch.equal(y, expected) and not y.requires_grad
+
+
 def test_frozen_inputs_get_no_gradient():
     _, _, pattern, values, x, bias = problem()
     masked_linear(x.detach(), values.detach(), pattern, bias, "reference").sum().backward()
