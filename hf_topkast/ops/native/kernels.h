@@ -36,7 +36,7 @@ struct Kernels {
     void (*multiply_row[TILE_SIZES])(const float* tile, const Array& columns, const Array& values, int64_t begin,
                                      int64_t end, float initial, float* out);
     float (*dot_row)(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end,
-                     float initial);
+                     int64_t ahead, float initial);
 };
 
 const Kernels* portable_kernels();

@@ -160,14 +160,14 @@ void multiply_row(const float* tile, const Column* columns, const Value* values,
 }
 
 template <class Column, class Value>
-float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end, float initial) {
-    constexpr int AHEAD = 1536;  // entries; memory is what limits this one, and rows follow each other in it
+float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end, int64_t ahead,
+              float initial) {
     Vec sums[2] = {};
     int64_t p = begin;
     for (; p + 2 * W <= end; p += 2 * W) {
-        __builtin_prefetch(values + p + AHEAD);
-        __builtin_prefetch(values + p + W + AHEAD);
-        __builtin_prefetch(columns + p + AHEAD);
+        __builtin_prefetch(values + p + ahead);
+        __builtin_prefetch(values + p + W + ahead);
+        __builtin_prefetch(columns + p + ahead);
         sums[0] += widen(values + p) * gather(x, columns + p);
         sums[1] += widen(values + p + W) * gather(x, columns + p + W);
     }
@@ -199,10 +199,10 @@ void multiply_any_row(const float* tile, const Array& columns, const Array& valu
                [&](auto* c, auto* v) { multiply_row<N>(tile, c, v, begin, end, initial, out); });
 }
 
-float dot_any_row(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end,
+float dot_any_row(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end, int64_t ahead,
                   float initial) {
     float result;
-    with_types(columns, values, [&](auto* c, auto* v) { result = dot_row(x, c, v, begin, end, initial); });
+    with_types(columns, values, [&](auto* c, auto* v) { result = dot_row(x, c, v, begin, end, ahead, initial); });
     return result;
 }
 

@@ -107,12 +107,17 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
 void forward_dots(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
                   const float* bias, int64_t tokens, const float* x, float* y) {
     int64_t in = pattern.in_features, out = pattern.out_features;
+    // Memory is what limits this product. Between the active entries of two rows lie those of B\A, which are not read:
+    // prefetch the same place of a later row, about AHEAD entries on, not what comes next in memory.
+    constexpr int64_t AHEAD = 1536;
+    int64_t later = 1 + AHEAD / (1 + pattern.stored() / out);
 #pragma omp parallel for schedule(dynamic, 64) num_threads(schedule.threads)
-    for (int64_t row = 0; row < out; ++row)
+    for (int64_t row = 0; row < out; ++row) {
+        int64_t begin = pattern.begin(row), ahead = pattern.begin(row + later < out ? row + later : row) - begin;
         for (int64_t token = 0; token < tokens; ++token)
-            y[token * out + row] =
-                kernels.dot_row(x + token * in, pattern.columns, values, pattern.begin(row), pattern.active_end(row),
-                                bias ? bias[row] : 0);
+            y[token * out + row] = kernels.dot_row(x + token * in, pattern.columns, values, begin,
+                                                   pattern.active_end(row), ahead, bias ? bias[row] : 0);
+    }
 }
 
 void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
