@@ -3,8 +3,9 @@ Tokens per second of `generate()` at batch 1, sparse against dense, in one proce
 
     OMP_PROC_BIND=true OMP_PLACES={0},{1} python -m benchmarks.generate [--width 1024] [--layers 4] [--json FILE]
 
-One token at a time is bound by reading weights, so fewer weights are less time. With exploration ended (backward density
-equal to density) the active weights lie closer together in memory. Rounds are interleaved; the ratio is the median.
+One token at a time is bound by reading weights, so fewer weights are less time. With exploration ended (backward
+density equal to density) the active weights lie closer together in memory. Rounds are interleaved; the ratio is the
+median.
 """
 
 import statistics
