@@ -93,9 +93,11 @@ class Pattern:
 
     def active_slots(self) -> Tensor:
         """Which slots belong to A: bool, (|B|,)."""
-        ends = self.row_offsets[:-1] + self.active_counts
-        slots = torch.arange(self.columns.numel(), dtype=ends.dtype, device=ends.device)
-        return slots < ends.repeat_interleave(self.row_offsets.diff(), output_size=self.columns.numel())
+        lengths = self.row_offsets.diff()
+        active = self.active_counts.to(lengths.dtype)
+        runs = torch.stack([active, lengths - active], dim=1).flatten()  # each row: a run of A, then one of B\A
+        kinds = torch.tensor([True, False], device=runs.device).repeat(self.out_features)
+        return kinds.repeat_interleave(runs, output_size=self.columns.numel())
 
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""
