@@ -70,9 +70,6 @@ class TokenWindows(Dataset):
         self.window = window
         self.start_token = start_token
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def _stream(self, begin: int) -> torch.Tensor:
         """The window of the stream that begins at this position, int64 of shape (window,)."""
         if begin > 0:

@@ -87,7 +87,7 @@ def test_split_leaves_the_given_state_dict_alone(saved):
     assert stock.keys() == make_gpt2().state_dict().keys()
 
 
-def refused(directory, match, model=None):
+def check_refused(directory, match, model=None):
     model = model or sparsify(make_gpt2(seed=1), density=0.2)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=match):
@@ -98,19 +98,19 @@ def refused(directory, match, model=None):
 
 def test_missing_state(directory):
     (directory / STATE_NAME).unlink()
-    refused(directory, "is missing.*cannot be resumed.*from_pretrained")
+    check_refused(directory, "is missing.*cannot be resumed.*from_pretrained")
 
 
 def test_missing_weights(directory):
     (directory / "model.safetensors").unlink()
-    refused(directory, "model.safetensors is missing or damaged")
+    check_refused(directory, "model.safetensors is missing or damaged")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_truncated_state(directory, keep):
     path = directory / STATE_NAME
     path.write_bytes(path.read_bytes()[:keep])
-    refused(directory, "truncated or damaged")
+    check_refused(directory, "truncated or damaged")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -126,15 +126,17 @@ def test_a_flipped_bit_never_loads(saved, tmp_path, place, bit):
 def test_other_format_version(directory):
     path = directory / STATE_NAME
     save_file(load_file(path), path, {"format_version": "99"})
-    refused(directory, "format version '99'.*reads 1")
+    check_refused(directory, "format version '99'.*reads 1")
 
 
 def test_other_architecture(directory):
-    refused(directory, "another model: layer", sparsify(make_llama(), density=0.2))
+    check_refused(directory, "another model: layer", sparsify(make_llama(), density=0.2))
 
 
 def test_other_targets(directory):
-    refused(directory, "sparse only in the checkpoint", sparsify(make_gpt2(), density=0.2, target_modules=["c_fc"]))
+    check_refused(
+        directory, "sparse only in the checkpoint", sparsify(make_gpt2(), density=0.2, target_modules=["c_fc"])
+    )
 
 
 def test_other_shape(tmp_path):
@@ -144,13 +146,13 @@ def test_other_shape(tmp_path):
     weights = load_file(path)
     weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:-1].clone()
     save_file(weights, path, {"format": "pt"})
-    refused(tmp_path / "llama", r"up_proj.weight' is \(39, 24\) there and \(40, 24\) here", other)
+    check_refused(tmp_path / "llama", r"up_proj.weight' is \(39, 24\) there and \(40, 24\) here", other)
 
 
 def test_weights_of_another_moment(directory):
     trained(make_gpt2, seed=5).save_pretrained(directory.parent / "other")
     shutil.copy(directory.parent / "other" / "model.safetensors", directory / "model.safetensors")
-    refused(directory, "not saved together")
+    check_refused(directory, "not saved together")
 
 
 def test_weights_of_another_step_with_the_same_active_set(tmp_path):
@@ -161,11 +163,11 @@ def test_weights_of_another_step_with_the_same_active_set(tmp_path):
             layer.values *= 1.001
     model.save_pretrained(tmp_path / "second")
     shutil.copy(tmp_path / "second" / "model.safetensors", tmp_path / "first" / "model.safetensors")
-    refused(tmp_path / "first", "not saved together")
+    check_refused(tmp_path / "first", "not saved together")
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "nowhere", "no checkpoint directory")
+    check_refused(tmp_path / "nowhere", "no checkpoint directory")
 
 
 @pytest.mark.parametrize(
@@ -182,4 +184,4 @@ def test_other_dense_weights(directory, change, match):
     weights = load_file(path)
     change(weights)
     save_file(weights, path, {"format": "pt"})
-    refused(directory, match)
+    check_refused(directory, match)
