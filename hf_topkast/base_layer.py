@@ -9,7 +9,7 @@ from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
 
 
-STRUCTURE = ("row_offsets", "active_counts", "columns")
+STRUCTURE = ("row_offsets", "columns")
 TRACKING = ("unvisited", "initial_reservoir_size")
 
 
@@ -18,8 +18,9 @@ class TopKastLayer(nn.Module):
     What both sparse layers share. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
 
     Attributes:
-        values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`; one object for life.
-        row_offsets, active_counts, columns (`torch.Tensor`): the buffers behind `pattern`.
+        values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
+            life.
+        row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
         reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
@@ -29,12 +30,21 @@ class TopKastLayer(nn.Module):
 
     stores_transposed = False
 
-    def _build(self, dense: nn.Module, active: Tensor, backward: Tensor, backend: str, reservoir_device: str):
+    def _build(
+        self,
+        dense: nn.Module,
+        active: Tensor,
+        backward: Tensor,
+        backend: str,
+        reservoir_device: str,
+        block_size: tuple[int, int],
+    ):
         """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
         theta = self.to_rows(dense.weight.detach())
         self.backend, self.reservoir_device = select_backend(backend), reservoir_device
+        self.block_size = tuple(block_size)
         self.assignments = 0
-        pattern = Pattern.from_masks(active, backward)
+        pattern = Pattern.from_masks(active, backward, self.block_size)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         self.register_parameter("bias", dense.bias)
         for name in STRUCTURE:
@@ -55,8 +65,8 @@ class TopKastLayer(nn.Module):
     @property
     def pattern(self) -> Pattern:
         """Where the values stand, and which belong to A."""
-        in_features, _ = self._features()
-        return Pattern(self.row_offsets, self.active_counts, self.columns, in_features)
+        in_features, out_features = self._features()
+        return Pattern(self.row_offsets, self.columns, (out_features, in_features), self.block_size)
 
     @property
     def numel(self) -> int:
@@ -67,7 +77,7 @@ class TopKastLayer(nn.Module):
     @property
     def active_count(self) -> int:
         """|A|."""
-        return int(self.active_counts.sum())
+        return self.pattern.active
 
     @property
     def density(self) -> float:
@@ -122,7 +132,7 @@ class TopKastLayer(nn.Module):
             `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
         """
         theta = self.theta() if theta is None else theta
-        pattern = Pattern.from_masks(active, backward)
+        pattern = Pattern.from_masks(active, backward, self.block_size)
         sources = slot_sources(self.pattern, pattern)
         self.values.grad = None
         self._write("values", theta.flatten()[pattern.flat_index()])
@@ -194,13 +204,17 @@ class TopKastLayer(nn.Module):
         if any(tensor is None for tensor in sized.values()):
             return None  # reported as missing keys by torch
         stored = sized["values"].numel()
-        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != stored:
+        entries = stored // (self.block_size[0] * self.block_size[1])
+        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != entries:
             return (
                 f"the state holds {stored} values, {sized['columns'].numel()} columns and "
                 f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
             )
-        if int(sized["row_offsets"][-1]) != stored:
-            return f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds {stored} values."
+        if int(sized["row_offsets"][-1]) != sized["columns"].numel():
+            return (
+                f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
+                f"{sized['columns'].numel()} columns."
+            )
         for name in ("values", "columns", "reservoir"):
             if getattr(self, name).shape != sized[name].shape:
                 self._write(name, sized[name].detach())
@@ -226,6 +240,7 @@ class TopKastLayer(nn.Module):
         return (
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}, "
             f"density={self.density:.4g}, backward_density={self.backward_density:.4g}"
+            + (f", block_size={self.block_size}" if self.block_size != (1, 1) else "")
         )
 
     def __repr__(self) -> str:

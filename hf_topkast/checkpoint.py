@@ -76,7 +76,7 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
         own = {key: stock.pop(f"{name}.{key}").cpu() for key in LAYER_TENSORS}
-        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.pattern.in_features)
+        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.pattern.shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)
         stock[f"{name}.weight"] = layer.to_stock(alpha)

@@ -39,6 +39,9 @@ class TopKastConfig(QuantizationConfigMixin):
             Factor on the optimizer's change of the values in B\\A. 1 is the paper.
         method (`str`, *optional*, defaults to `"topkast"`):
             Rule that chooses A and B, a key of `hf_topkast.methods.METHODS`.
+        block_size (`int` or `tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+            Rows (out) and columns (in) of the blocks that the sets hold as a whole, ranked by their L2 norm; one
+            number for squares. They must divide every sparse layer's shape. Densities count blocks then.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the layers to make sparse: a list of suffixes, one regular expression for the whole name, or
             `"all-linear"`. `None`: every attention and MLP projection inside the decoder blocks.
@@ -79,6 +82,10 @@ class TopKastConfig(QuantizationConfigMixin):
         default=1.0, metadata={"help": "Factor on the optimizer's change of the values in B\\A, >= 0. 1: the paper."}
     )
     method: str = field(default="topkast", metadata={"help": "Rule that chooses A and B."})
+    block_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Rows and columns of the blocks that the sets hold; one number: squares. Default: 1 1."},
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Layers to make sparse: suffixes, one regex, or 'all-linear'. Default: the projections."},
@@ -115,8 +122,17 @@ class TopKastConfig(QuantizationConfigMixin):
             if choices:
                 value = getattr(self, spec.name)
                 _check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
+        self._check_block_size()
         for name in ("target_modules", "exclude_modules"):
             self._check_module_rule(name)
+
+    def _check_block_size(self):
+        size = [1] if self.block_size is None else self.block_size
+        size = list(size) if isinstance(size, list | tuple) else [size]
+        valid = len(size) in (1, 2) and all(_whole(side) >= 1 for side in size)
+        allowed = "one or two whole numbers, at least 1: the rows and columns of a block"
+        _check(valid, "block_size", self.block_size, allowed)
+        self.block_size = [int(size[0]), int(size[-1])]
 
     def _check_module_rule(self, name: str):
         rule = getattr(self, name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .base_layer import TopKastLayer
-from .methods import get_method
+from .methods import choose_sets
 from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
 from .schedule import backward_density_at, exploration_end, refresh_due
 from .selection import check_finite
@@ -41,7 +41,6 @@ class TopKastController:
         self.config = self._info.config
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(model))
         self.optimizer = unwrap_optimizer(optimizer)
-        self._choose = get_method(self.config.method)
         self._exploration_end = exploration_end(self.config.explore_until, total_steps)
         self.mask_churn: float | None = None
         self.refresh_seconds: float | None = None
@@ -100,10 +99,9 @@ class TopKastController:
                     f"Layer '{name}' has a gradient, but the optimizer does not hold its values: it was unfrozen "
                     "after the optimizer was made. Make the optimizer and the controller anew."
                 )
-            active = layer.pattern.active_slots()
-            self._apply_penalty(layer.values, active, groups[id(layer.values)])
+            self._apply_penalty(layer, groups[id(layer.values)])
             if self.config.exploration_lr_scale != 1:
-                self._exploration_before[name] = layer.values[~active]
+                self._exploration_before[name] = layer.values[layer.active_count :].clone()
 
     def _skips(self, optimizer: Optimizer) -> bool:
         """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
@@ -123,28 +121,28 @@ class TopKastController:
                     "then call controller.load_state_dict; or make a new optimizer and a new controller."
                 )
 
-    def _apply_penalty(self, values: nn.Parameter, active: Tensor, group: dict):
+    def _apply_penalty(self, layer: TopKastLayer, group: dict):
         """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
         if self.config.penalty == 0:
             return
         on_active, on_exploration = self.config.penalty, self.config.penalty / self.config.density
-        strength = torch.where(active, values.new_tensor(on_active), values.new_tensor(on_exploration))
-        if self.config.penalty_mode == "coupled":
+        size = layer.active_count
+        for part, strength in ((slice(None, size), on_active), (slice(size, None), on_exploration)):
+            if self.config.penalty_mode == "decoupled":
+                layer.values[part].mul_(1 - group["lr"] * strength)
+                continue
             # A fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike.
             scale = getattr(self.optimizer, "grad_scale", None)
-            strength = strength if scale is None else strength * scale.to(values.dtype)
-            values.grad.addcmul_(strength, values)
-        else:
-            values.mul_(1 - group["lr"] * strength)
+            values = layer.values[part] if scale is None else layer.values[part] * scale.to(layer.values.dtype)
+            layer.values.grad[part].add_(values, alpha=strength)
 
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
         if self._skips(optimizer):
             return
         for name, before in self._exploration_before.items():
-            layer = self.layers[name]
-            exploration = ~layer.pattern.active_slots()
-            layer.values[exploration] = torch.lerp(before, layer.values[exploration], self.config.exploration_lr_scale)
+            exploration = self.layers[name].values[self.layers[name].active_count :]
+            exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self._exploration_before.clear()
         self.step += 1
         if refresh_due(self.step, self.config.refresh_every):
@@ -164,13 +162,12 @@ class TopKastController:
         """
         start = time.perf_counter()
         self._check_numbers()
-        density = self.config.density
         backward_density = backward_density_at(self.step, self.config, self._exploration_end)
         members = left = 0
         for name, layer in self.layers.items():
             theta = layer.theta()
             was_active = layer.pattern.active_mask()
-            active, backward = self._choose(theta, density, backward_density)
+            active, backward = choose_sets(self.config, theta, self.config.density, backward_density)
             self._reassign(name, active, backward, theta)
             members += int(was_active.sum())
             left += int((was_active & ~active).sum())
@@ -209,8 +206,8 @@ class TopKastController:
             if not layer.values.requires_grad:
                 continue
             squares = layer.values.float().square()
-            active = layer.pattern.active_slots()
-            total += float(squares[active].sum() + squares[~active].sum() / self.config.density)
+            on_active, on_exploration = squares[: layer.active_count], squares[layer.active_count :]
+            total += float(on_active.sum() + on_exploration.sum() / self.config.density)
         return self.config.penalty / 2 * total
 
     def metrics(self) -> dict[str, float]:

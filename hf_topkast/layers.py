@@ -17,6 +17,8 @@ class TopKastLinear(TopKastLayer, nn.Linear):
         backward (`torch.Tensor`): bool, (out, in): the set B ⊇ A.
         backend (`str`, *optional*, defaults to `"auto"`): implementation of the masked products.
         reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
+        block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block; the sets hold
+            whole blocks.
     """
 
     def __init__(
@@ -26,10 +28,11 @@ class TopKastLinear(TopKastLayer, nn.Linear):
         backward: Tensor,
         backend: str = "auto",
         reservoir_device: str = "same",
+        block_size: tuple[int, int] = (1, 1),
     ):
         nn.Module.__init__(self)  # not nn.Linear's: that would allocate the dense weight
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        self._build(dense, active, backward, backend, reservoir_device)
+        self._build(dense, active, backward, backend, reservoir_device, block_size)
 
     def _features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -50,6 +53,8 @@ class TopKastConv1D(TopKastLayer, Conv1D):
         backward (`torch.Tensor`): bool, (out, in): the set B ⊇ A.
         backend (`str`, *optional*, defaults to `"auto"`): implementation of the masked products.
         reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
+        block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block; the sets hold
+            whole blocks.
     """
 
     stores_transposed = True
@@ -61,10 +66,11 @@ class TopKastConv1D(TopKastLayer, Conv1D):
         backward: Tensor,
         backend: str = "auto",
         reservoir_device: str = "same",
+        block_size: tuple[int, int] = (1, 1),
     ):
         nn.Module.__init__(self)  # not Conv1D's: that would allocate the dense weight
         self.nx, self.nf = dense.nx, dense.nf
-        self._build(dense, active, backward, backend, reservoir_device)
+        self._build(dense, active, backward, backend, reservoir_device, block_size)
 
     def _features(self) -> tuple[int, int]:
         return self.nx, self.nf

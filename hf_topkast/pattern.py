@@ -22,86 +22,73 @@ class Pattern:
     """
     Where the |B| stored values of an (out, in) weight stand.
 
-    Rows in CSR order; each row's A entries come first, then its B\\A entries, both by ascending column. The forward
-    product and dX walk each row's prefix of `active_counts[row]` entries, dW|B walks the whole row: no second index
-    and no mask is needed. An entry's place in this order is called its slot.
+    The weight is a grid of blocks, of single weights unless `block_size` says otherwise, and a set holds whole blocks.
+    It is kept as the CSR structure of a matrix of twice as many rows: first the rows of A, then those of B\\A, columns
+    ascending in each. So the values of A are a prefix of all values, each set is walked in the order of memory, and
+    neither a second index nor a mask is needed. Inside a block, values stand row by row. A value's place in this order
+    is called its slot.
 
     Args:
-        row_offsets (`torch.Tensor`): int32 (int64 past 2³¹ values), (out + 1,); row r owns slots
-            `row_offsets[r]:row_offsets[r + 1]`.
-        active_counts (`torch.Tensor`): integers, (out,); how many of a row's entries belong to A.
-        columns (`torch.Tensor`): int16 where in_features allows, else int32, (|B|,).
-        in_features (`int`): number of columns.
+        row_offsets (`torch.Tensor`): int32 (int64 past 2³¹ blocks), (2·rows + 1,), with `rows` the rows of blocks: row
+            r of A owns blocks `row_offsets[r]:row_offsets[r + 1]`, and row r of B\\A comes `rows` places later.
+        columns (`torch.Tensor`): int16 where they fit, else int32; (blocks,); the column of each, counted in blocks.
+        shape (`tuple[int, int]`): (out, in) of the weight.
+        block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block.
     """
 
     row_offsets: Tensor
-    active_counts: Tensor
     columns: Tensor
-    in_features: int
+    shape: tuple[int, int]
+    block_size: tuple[int, int] = (1, 1)
 
     @classmethod
-    def from_masks(cls, active: Tensor, backward: Tensor) -> "Pattern":
+    def from_masks(cls, active: Tensor, backward: Tensor, block_size: tuple[int, int] = (1, 1)) -> "Pattern":
         """Builds the structure from two bool masks of shape (out, in), with `active` inside `backward`."""
-        out_features, in_features = active.shape
-        exploration = backward & ~active
-        active_per_row, exploration_per_row = active.sum(1), exploration.sum(1)
-        row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=active.device)
-        torch.cumsum(active_per_row + exploration_per_row, 0, out=row_offsets[1:])
-        stored = int(row_offsets[-1])
-
-        columns = torch.empty(stored, dtype=index_dtype(in_features - 1), device=active.device)
-        # Entries of both sets come row by row, so an entry's slot is its own rank plus the entries of the other set
-        # that stand before it: those of earlier rows for A, those of the same row too for B\A.
-        for members, others_before in (
-            (active, exploration_per_row.cumsum(0) - exploration_per_row),
-            (exploration, active_per_row.cumsum(0)),
-        ):
-            rows, cols = members.nonzero(as_tuple=True)
-            slots = torch.arange(rows.numel(), device=active.device) + others_before[rows]
-            columns[slots] = cols.to(columns.dtype)
+        height, width = block_size
+        sets = torch.cat([active, backward & ~active])[::height, ::width]
+        row_offsets = torch.zeros(len(sets) + 1, dtype=torch.int64, device=sets.device)
+        torch.cumsum(sets.sum(1), 0, out=row_offsets[1:])
+        columns = sets.nonzero()[:, 1]
         return cls(
-            row_offsets=row_offsets.to(torch.int32 if stored <= INT32_MAX else torch.int64),
-            active_counts=active_per_row.to(index_dtype(in_features)),
-            columns=columns,
-            in_features=in_features,
+            row_offsets=row_offsets.to(torch.int32 if columns.numel() <= INT32_MAX else torch.int64),
+            columns=columns.to(index_dtype(sets.shape[1] - 1)),
+            shape=tuple(active.shape),
+            block_size=tuple(block_size),
         )
-
-    @property
-    def out_features(self) -> int:
-        """Number of rows."""
-        return self.active_counts.numel()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        return self.out_features, self.in_features
 
     @property
     def numel(self) -> int:
         """Number of weights of the layer, n."""
-        return self.out_features * self.in_features
+        return self.shape[0] * self.shape[1]
 
-    def rows(self) -> Tensor:
-        """Row of each slot: int64, (|B|,)."""
-        lengths = self.row_offsets.diff()
-        ids = torch.arange(self.out_features, device=lengths.device)
-        return ids.repeat_interleave(lengths, output_size=self.columns.numel())
+    @property
+    def stored(self) -> int:
+        """Number of values, |B|."""
+        return self.columns.numel() * self._block_numel
+
+    @property
+    def active(self) -> int:
+        """Number of values that belong to A, |A|: the first ones."""
+        return int(self.row_offsets[len(self.row_offsets) // 2]) * self._block_numel
+
+    @property
+    def _block_numel(self) -> int:
+        return self.block_size[0] * self.block_size[1]
 
     def flat_index(self) -> Tensor:
         """Position of each slot in the flattened (out, in) weight: int64, (|B|,)."""
-        return self.rows().mul_(self.in_features).add_(self.columns)
-
-    def active_slots(self) -> Tensor:
-        """Which slots belong to A: bool, (|B|,)."""
-        lengths = self.row_offsets.diff()
-        active = self.active_counts.to(lengths.dtype)
-        runs = torch.stack([active, lengths - active], dim=1).flatten()  # each row: a run of A, then one of B\A
-        kinds = torch.tensor([True, False], device=runs.device).repeat(self.out_features)
-        return kinds.repeat_interleave(runs, output_size=self.columns.numel())
+        (height, width), in_features = self.block_size, self.shape[1]
+        rows = torch.arange(self.shape[0] // height, device=self.columns.device).repeat(2)
+        rows = rows.repeat_interleave(self.row_offsets.diff(), output_size=self.columns.numel())
+        corners = rows.mul_(height * in_features).add_(self.columns, alpha=width)
+        if self._block_numel == 1:
+            return corners
+        ids = [torch.arange(size, device=corners.device) for size in self.block_size]
+        return (corners[:, None, None] + (ids[0][:, None] * in_features + ids[1])).flatten()
 
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""
-        return self._mask(self.flat_index()[self.active_slots()])
+        return self._mask(self.flat_index()[: self.active])
 
     def backward_mask(self) -> Tensor:
         """B as a bool mask of shape (out, in)."""
@@ -120,9 +107,9 @@ def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     Returns:
         `torch.Tensor`: int64, (|B| of `new`,).
     """
-    slot_dtype = old.row_offsets.dtype
+    slot_dtype = torch.int32 if old.stored <= INT32_MAX else torch.int64
     slots = torch.full((old.numel,), -1, dtype=slot_dtype, device=old.columns.device)
-    slots[old.flat_index()] = torch.arange(old.columns.numel(), dtype=slot_dtype, device=slots.device)
+    slots[old.flat_index()] = torch.arange(old.stored, dtype=slot_dtype, device=slots.device)
     return slots[new.flat_index()].long()
 
 

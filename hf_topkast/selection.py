@@ -1,5 +1,7 @@
 """Exact, deterministic choice of the largest weights: pure functions of tensors."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,3 +60,26 @@ def _kth_largest(flat: Tensor, count: int) -> Tensor | float:
     if flat.device.type == "cpu":  # the same number, in a seventh of kthvalue's time at 2.4 million weights
         return float(np.partition(flat.numpy(), place)[place])
     return flat.kthvalue(place + 1).values
+
+
+def block_norms(theta: Tensor, block_size: Sequence[int]) -> Tensor:
+    """
+    L2 norm of every block of a weight.
+
+    Args:
+        theta (`torch.Tensor`): floating point, (out, in).
+        block_size (`tuple[int, int]`): (rows, columns) of a block; they divide the shape.
+
+    Returns:
+        `torch.Tensor`: float32, (out / rows, in / columns). Summed in float64, so that the order of the sum, which
+        differs between devices, is rounded away.
+    """
+    height, width = block_size
+    blocks = theta.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return blocks.double().square().sum((1, 3)).sqrt().float()
+
+
+def spread_blocks(mask: Tensor, block_size: Sequence[int]) -> Tensor:
+    """A mask of blocks as the mask of their weights: bool, (rows of blocks, columns of blocks) → (out, in)."""
+    height, width = block_size
+    return mask.repeat_interleave(height, 0).repeat_interleave(width, 1)

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .base_layer import TopKastLayer
 from .config import TopKastConfig
 from .layers import SPARSE_TYPES
-from .methods import get_method
+from .methods import choose_sets, get_method
 from .ops import select_backend
 from .selection import check_finite
 from .targets import find_targets
@@ -51,8 +51,8 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
 
     Raises:
         ValueError: if both `config` and settings are given, if the model is sparse already, if no layer matches (the
-            message lists candidates), if a named layer is of an unsupported type or tied to another, or if a weight is
-            NaN, infinite or not loaded yet. The model is unchanged then.
+            message lists candidates), if a named layer is of an unsupported type or tied to another, if blocks do not
+            fill a layer, or if a weight is NaN, infinite or not loaded yet. The model is unchanged then.
     """
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
@@ -63,7 +63,7 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
             f"The model is sparse already ({len(already)} layers, the first is '{already[0]}'). Call densify(model) "
             "first to start again with other settings."
         )
-    choose = get_method(config.method)
+    get_method(config.method)
     select_backend(config.backend)
     targets = find_targets(model, config)
     for name, dense in targets.items():  # all before the first swap, so that an error leaves the model as it was
@@ -72,9 +72,10 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
                 f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
             )
         check_finite(dense.weight.detach(), name)
+        _check_blocks(name, weight_rows(dense).shape, config.block_size)
     for name in list(targets):
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
-        active, backward = choose(weight_rows(dense), config.density, config.backward_density)
+        active, backward = choose_sets(config, weight_rows(dense), config.density, config.backward_density)
         replace_module(model, dense, make_sparse(dense, active, backward, config))
     mark_sparse(model, SparseInfo(config))
     _log_summary(model, config)
@@ -141,7 +142,8 @@ def sparse_info(model: nn.Module) -> SparseInfo:
 
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
-    return SPARSE_TYPES[type(dense)](dense, active, backward, config.backend, config.reservoir_device)
+    settings = config.backend, config.reservoir_device, tuple(config.block_size)
+    return SPARSE_TYPES[type(dense)](dense, active, backward, *settings)
 
 
 def weight_rows(dense: nn.Module) -> Tensor:
@@ -155,6 +157,14 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
                 setattr(parent, name, new)
+
+
+def _check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
+    if shape[0] % block_size[0] or shape[1] % block_size[1]:
+        raise ValueError(
+            f"Layer '{name}' is {shape[0]}×{shape[1]} (out × in), which blocks of {block_size[0]}×{block_size[1]} do "
+            "not fill. Choose a block_size that divides the shape, or name the layer in exclude_modules."
+        )
 
 
 def _log_summary(model: nn.Module, config: TopKastConfig):

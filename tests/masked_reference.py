@@ -35,14 +35,19 @@ class MaskedLayer(nn.Module):
         self.active = torch.ones_like(self.theta, dtype=torch.bool)
         self.backward_set = torch.ones_like(self.active)
 
-    def choose(self, density: float, backward_density: float):
-        """A and B as prefixes of one order: by magnitude, then by flat index."""
-        flat = self.theta.detach().flatten()
-        order = torch.sort(flat.abs(), descending=True, stable=True).indices
-        size = max(1, round(density * flat.numel()))
-        backward_size = max(size, round(backward_density * flat.numel()))
+    def choose(self, density: float, backward_density: float, block_size: list[int]):
+        """A and B as prefixes of one order of the blocks: by L2 norm, then by flat index."""
+        height, width = block_size
+        rows, columns = (size // side for size, side in zip(self.theta.shape, block_size))
+        blocks = self.theta.detach().double().view(rows, height, columns, width)
+        norms = blocks.norm(dim=(1, 3)).to(self.theta.dtype).flatten()
+        order = torch.sort(norms, descending=True, stable=True).indices
+        size = max(1, round(density * norms.numel()))
+        backward_size = max(size, round(backward_density * norms.numel()))
         for mask, count in ((self.active, size), (self.backward_set, backward_size)):
-            mask.fill_(False).view(-1)[order[:count]] = True
+            chosen = torch.zeros(rows * columns, dtype=torch.bool)
+            chosen[order[:count]] = True
+            mask.copy_(chosen.view(rows, 1, columns, 1).expand_as(blocks).reshape(mask.shape))
 
     def forward(self, x):
         return functional.linear(x, StraightThrough.apply(self.theta, self.active), self.bias)
@@ -57,7 +62,7 @@ class MaskedTraining:
         for name in names:
             parent, _, leaf = name.rpartition(".")
             layer = MaskedLayer(model.get_submodule(name))
-            layer.choose(config.density, config.backward_density)
+            layer.choose(config.density, config.backward_density, config.block_size)
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers[name] = layer
         thetas = {id(layer.theta) for layer in self.layers.values()}
@@ -98,7 +103,7 @@ class MaskedTraining:
 
     def refresh(self, layer: MaskedLayer):
         stored = layer.backward_set.clone()
-        layer.choose(self.config.density, self.config.backward_density)
+        layer.choose(self.config.density, self.config.backward_density, self.config.block_size)
         entering = layer.backward_set & ~stored
         for key, state in self.optimizer.state[layer.theta].items():
             if torch.is_tensor(state) and state.shape == layer.theta.shape:

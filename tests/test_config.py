@@ -40,6 +40,10 @@ def test_backward_density_defaults_to_twice_density():
         ("new_state", "copy"),
         ("exploration_lr_scale", -0.1),
         ("reservoir_device", "tape"),
+        ("block_size", 0),
+        ("block_size", [4, 1, 1]),
+        ("block_size", "2:4"),
+        ("block_size", [2.5, 1]),
         ("target_modules", "(unclosed"),
         ("exclude_modules", "*"),
     ],
@@ -49,8 +53,19 @@ def test_bad_value_names_field_and_value(field, value):
         TopKastConfig(**{"density": 0.2, field: value})
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, [1, 1]), (16, [16, 16]), ((4, 1), [4, 1]), ([32], [32, 32])])
+def test_block_size(given, kept):
+    assert TopKastConfig(block_size=given).block_size == kept
+
+
 def test_json_round_trip():
-    config = TopKastConfig(density=0.1, explore_until=0.5, target_modules=["c_fc"], exclude_modules=r".*h\.0\..*")
+    config = TopKastConfig(
+        density=0.1,
+        explore_until=0.5,
+        block_size=(4, 1),
+        target_modules=["c_fc"],
+        exclude_modules=r".*h\.0\..*",
+    )
     stored = json.loads(json.dumps(config.to_dict()))
     assert stored["quant_method"] == "topkast"
     assert TopKastConfig.from_dict(stored) == config
@@ -63,9 +78,11 @@ def test_unknown_key_is_refused():
 
 def test_command_line():
     (config,) = HfArgumentParser(TopKastConfig).parse_args_into_dataclasses(
-        ["--density", "0.1", "--explore_until", "500", "--target_modules", "c_fc", "c_proj"]
+        ["--density", "0.1", "--explore_until", "500", "--block_size", "4", "1", "--target_modules", "c_fc", "c_proj"]
     )
-    assert config == TopKastConfig(density=0.1, explore_until=500, target_modules=["c_fc", "c_proj"])
+    assert config == TopKastConfig(
+        density=0.1, explore_until=500, block_size=(4, 1), target_modules=["c_fc", "c_proj"]
+    )
     (config,) = HfArgumentParser(TopKastConfig).parse_args_into_dataclasses(["--target_modules", "all-linear"])
     assert config.target_modules == "all-linear"
 

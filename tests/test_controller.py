@@ -97,6 +97,16 @@ def test_weights_equal_the_masked_simulation(make_model, make_optimizer, setting
         torch.testing.assert_close(layer.theta(), masked.theta.detach(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("block_size", [(4, 1), (2, 8), 4])
+def test_blocks_equal_the_masked_simulation(make_model, block_size):
+    config = TopKastConfig(density=0.2, refresh_every=2, block_size=block_size, explore_until=6, penalty=1e-2)
+    model, simulation, losses, expected = compare_with_simulation(make_model, config, adamw, steps=6)
+    assert losses == pytest.approx(expected, rel=1e-7)
+    for name, layer in sparse_layers(model):
+        assert torch.equal(layer.pattern.active_mask(), simulation.layers[name].active)
+        torch.testing.assert_close(layer.theta(), simulation.layers[name].theta.detach(), rtol=1e-6, atol=1e-8)
+
+
 def test_accumulation_equals_the_masked_simulation(make_model):
     config = TopKastConfig(density=0.2, refresh_every=2)
     _, _, losses, expected = compare_with_simulation(make_model, config, adamw, steps=5, accumulation=3)

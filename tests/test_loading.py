@@ -15,8 +15,9 @@ from hf_topkast.checkpoint import STATE_NAME
 from hf_topkast.surgery import sparse_info, sparse_layers
 
 
-def test_from_pretrained_gives_the_sparse_model_back(make_model, tmp_path):
-    model, tokens = trained(make_model, explore_until=100), token_batches(1)[0]
+@pytest.mark.parametrize("settings", [{"explore_until": 100}, {"block_size": (4, 2)}], ids=str)
+def test_from_pretrained_gives_the_sparse_model_back(make_model, settings, tmp_path):
+    model, tokens = trained(make_model, **settings), token_batches(1)[0]
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)

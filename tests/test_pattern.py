@@ -9,35 +9,52 @@ from hf_topkast.pattern import Pattern, index_dtype, pack_bits, slot_sources, un
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-def random_masks(shape, seed, active_share=0.3, backward_share=0.6):
+blocks = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+def random_masks(shape, seed, active_share=0.3, backward_share=0.6, block_size=(1, 1)):
+    """Masks of A and B for a weight of `shape` blocks."""
     draw = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    draw = draw.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
     return draw < active_share, draw < backward_share
 
 
-@given(shape=shapes, seed=st.integers(0, 10**6), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_masks_round_trip(shape, seed, shares):
-    active, backward = random_masks(shape, seed, *sorted(shares))
-    pattern = Pattern.from_masks(active, backward)
-    assert pattern.shape == tuple(shape)
+@given(shape=shapes, seed=st.integers(0, 10**6), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), block_size=blocks)
+def test_masks_round_trip(shape, seed, shares, block_size):
+    active, backward = random_masks(shape, seed, *sorted(shares), block_size)
+    pattern = Pattern.from_masks(active, backward, block_size)
+    assert pattern.shape == active.shape and pattern.numel == active.numel()
+    assert (pattern.active, pattern.stored) == (active.sum(), backward.sum())
     assert torch.equal(pattern.active_mask(), active)
     assert torch.equal(pattern.backward_mask(), backward)
 
 
 @given(shape=shapes, seed=st.integers(0, 10**6))
-def test_each_row_holds_its_active_entries_first_and_ascending(shape, seed):
+def test_the_rows_of_the_active_set_come_first_and_ascend(shape, seed):
     active, backward = random_masks(shape, seed)
     pattern = Pattern.from_masks(active, backward)
-    for row in range(shape[0]):
-        columns = pattern.columns[pattern.row_offsets[row] : pattern.row_offsets[row + 1]].tolist()
-        count = int(pattern.active_counts[row])
-        assert columns[:count] == active[row].nonzero().flatten().tolist()
-        assert columns[count:] == (backward & ~active)[row].nonzero().flatten().tolist()
+    for row, members in enumerate(torch.cat([active, backward & ~active])):
+        columns = pattern.columns[pattern.row_offsets[row] : pattern.row_offsets[row + 1]]
+        assert columns.tolist() == members.nonzero().flatten().tolist()
+    assert active.flatten()[pattern.flat_index()].tolist() == [slot < pattern.active for slot in range(pattern.stored)]
 
 
-@given(shape=shapes, seed=st.integers(0, 10**6))
-def test_slot_sources_follow_each_weight(shape, seed):
-    old = Pattern.from_masks(*random_masks(shape, seed))
-    new = Pattern.from_masks(*random_masks(shape, seed + 1))
+@given(shape=shapes, seed=st.integers(0, 10**6), block_size=blocks)
+def test_blocks_hold_their_values_row_by_row(shape, seed, block_size):
+    active, backward = random_masks(shape, seed, block_size=block_size)
+    pattern = Pattern.from_masks(active, backward, block_size)
+    theta = torch.arange(pattern.numel).view(pattern.shape)
+    values = theta.flatten()[pattern.flat_index()].view(-1, *block_size)
+    rows = torch.arange(shape[0]).repeat(2).repeat_interleave(pattern.row_offsets.diff())
+    for block, row, column in zip(values, rows.tolist(), pattern.columns.tolist()):
+        corner = theta[row * block_size[0] :, column * block_size[1] :]
+        assert torch.equal(block, corner[: block_size[0], : block_size[1]])
+
+
+@given(shape=shapes, seed=st.integers(0, 10**6), block_size=blocks)
+def test_slot_sources_follow_each_weight(shape, seed, block_size):
+    old = Pattern.from_masks(*random_masks(shape, seed, block_size=block_size), block_size)
+    new = Pattern.from_masks(*random_masks(shape, seed + 1, block_size=block_size), block_size)
     old_places, sources = old.flat_index().tolist(), slot_sources(old, new).tolist()
     for place, source in zip(new.flat_index().tolist(), sources):
         assert source == (old_places.index(place) if place in old_places else -1)
@@ -50,13 +67,6 @@ def test_columns_take_16_bits_where_they_fit(in_features, dtype):
     pattern = Pattern.from_masks(mask, mask)
     assert pattern.columns.dtype == dtype
     assert pattern.flat_index().tolist() == [in_features - 1]
-
-
-def test_a_full_row_at_the_16_bit_limit_is_counted():
-    mask = torch.ones(2, 2**15, dtype=torch.bool)
-    pattern = Pattern.from_masks(mask, mask)
-    assert pattern.active_counts.tolist() == [2**15, 2**15]
-    assert pattern.active_slots().all()
 
 
 def test_index_dtype():

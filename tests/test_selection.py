@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_topkast.selection import check_finite, set_size, top_mask
+from hf_topkast.selection import block_norms, check_finite, set_size, spread_blocks, top_mask
 
 
 def by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -54,3 +54,19 @@ def test_weights_without_order_are_refused(bad):
     theta[1, 2] = bad
     with pytest.raises(ValueError, match=r"'h\.0\.c_fc': 1 of its 12 weights"):
         check_finite(theta, "h.0.c_fc")
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 1), (2, 3), (8, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_block_norms(block_size, dtype):
+    theta = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norms = block_norms(theta, block_size)
+    assert norms.dtype == torch.float32
+    for row, parts in enumerate(theta.split(block_size[0], 0)):
+        for column, block in enumerate(parts.split(block_size[1], 1)):
+            torch.testing.assert_close(norms[row, column], block.double().norm().float())
+
+
+def test_spread_blocks():
+    mask = torch.tensor([[True, False]])
+    assert spread_blocks(mask, (2, 3)).tolist() == [[True] * 3 + [False] * 3] * 2

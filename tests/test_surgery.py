@@ -49,6 +49,16 @@ def test_densify_computes_the_same(make_model):
     sparsify(model, density=0.2)  # and it can be made sparse again
 
 
+def test_blocks_that_do_not_fill_a_layer_are_refused():
+    settings = {"density": 0.2, "block_size": (16, 1)}
+    check_refused(make_gpt2(), lambda model: sparsify(model, **settings), r"h\.0\.attn\.c_attn'|c_proj' is 24×24")
+    model = sparsify(make_gpt2(), **settings, exclude_modules=["c_attn", "c_proj"])
+    for _, layer in sparse_layers(model):
+        members = layer.pattern.active_mask().view(-1, 16, layer.pattern.shape[1])
+        assert torch.equal(members.all(1), members.any(1))
+        assert layer.active_count == 16 * round(0.2 * layer.numel / 16)
+
+
 def test_densify_needs_a_sparse_model():
     with pytest.raises(ValueError, match="no sparse layer"):
         densify(make_gpt2())

@@ -5,6 +5,7 @@ A backend is a module with three functions of one signature, `forward`, `grad_in
 `reference.py` for what each takes and returns.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -81,8 +82,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, x).forward(x, values, pattern, bias)
-    structure = (pattern.row_offsets, pattern.active_counts, pattern.columns)
-    return _linear(x, values, *structure, bias, backend)
+    return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
 
 
 @torch.library.custom_op("hf_topkast::linear", mutates_args=())
@@ -90,18 +90,22 @@ def _linear(
     x: Tensor,
     values: Tensor,
     row_offsets: Tensor,
-    active_counts: Tensor,
     columns: Tensor,
     bias: Tensor | None,
+    block_size: Sequence[int],
     backend: str,
 ) -> Tensor:
-    pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
+    pattern = Pattern(row_offsets, columns, (_out_features(row_offsets, block_size), x.shape[-1]), tuple(block_size))
     return implementation(backend, x).forward(x, values, pattern, bias)
 
 
 @_linear.register_fake
-def _(x, values, row_offsets, active_counts, columns, bias, backend):
-    return x.new_empty(*x.shape[:-1], active_counts.shape[0])
+def _(x, values, row_offsets, columns, bias, block_size, backend):
+    return x.new_empty(*x.shape[:-1], _out_features(row_offsets, block_size))
+
+
+def _out_features(row_offsets: Tensor, block_size: Sequence[int]) -> int:
+    return row_offsets.shape[0] // 2 * block_size[0]
 
 
 @torch.library.custom_op("hf_topkast::linear_grad_input", mutates_args=())
@@ -109,48 +113,48 @@ def _linear_grad_input(
     dy: Tensor,
     values: Tensor,
     row_offsets: Tensor,
-    active_counts: Tensor,
     columns: Tensor,
     in_features: int,
+    block_size: Sequence[int],
     backend: str,
 ) -> Tensor:
-    pattern = Pattern(row_offsets, active_counts, columns, in_features)
+    pattern = Pattern(row_offsets, columns, (dy.shape[-1], in_features), tuple(block_size))
     return implementation(backend, dy).grad_input(dy, values, pattern)
 
 
 @_linear_grad_input.register_fake
-def _(dy, values, row_offsets, active_counts, columns, in_features, backend):
+def _(dy, values, row_offsets, columns, in_features, block_size, backend):
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
 @torch.library.custom_op("hf_topkast::linear_grad_values", mutates_args=())
 def _linear_grad_values(
-    dy: Tensor, x: Tensor, row_offsets: Tensor, active_counts: Tensor, columns: Tensor, backend: str
+    dy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, block_size: Sequence[int], backend: str
 ) -> Tensor:
-    pattern = Pattern(row_offsets, active_counts, columns, x.shape[-1])
+    pattern = Pattern(row_offsets, columns, (dy.shape[-1], x.shape[-1]), tuple(block_size))
     return implementation(backend, x).grad_values(dy, x, pattern)
 
 
 @_linear_grad_values.register_fake
-def _(dy, x, row_offsets, active_counts, columns, backend):
-    return x.new_empty(columns.shape[0])
+def _(dy, x, row_offsets, columns, block_size, backend):
+    return x.new_empty(columns.shape[0] * block_size[0] * block_size[1])
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, row_offsets, active_counts, columns, bias, backend = inputs
+    x, values, row_offsets, columns, bias, block_size, backend = inputs
     # Only through save_for_backward: gradient checkpointing and compile drop and recompute what it holds.
-    ctx.save_for_backward(x, values, row_offsets, active_counts, columns)
+    ctx.save_for_backward(x, values, row_offsets, columns)
     ctx.has_bias = bias is not None
-    ctx.backend = backend
+    ctx.settings = block_size, backend
 
 
 def _backward(ctx, dy):
     x, values, *structure = ctx.saved_tensors
-    need_x, need_values, *_, need_bias, _ = ctx.needs_input_grad
-    dx = _linear_grad_input(dy, values, *structure, x.shape[-1], ctx.backend) if need_x else None
-    dvalues = _linear_grad_values(dy, x, *structure, ctx.backend) if need_values else None
+    need_x, need_values, *_, need_bias, _, _ = ctx.needs_input_grad
+    dx = _linear_grad_input(dy, values, *structure, x.shape[-1], *ctx.settings) if need_x else None
+    dvalues = _linear_grad_values(dy, x, *structure, *ctx.settings) if need_values else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.has_bias and need_bias else None
-    return dx, dvalues, None, None, None, dbias, None
+    return dx, dvalues, None, None, dbias, None, None
 
 
 torch.library.register_autograd("hf_topkast::linear", _backward, setup_context=_setup_context)

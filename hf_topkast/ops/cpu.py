@@ -44,9 +44,9 @@ DENSE_GRADIENT_DENSITY = 0.8
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 AMX_GRADIENT_DENSITY = 0.25
 AMX_DENSITY = 0.08
-# Up to so many tokens the forward pass goes over the pattern as it is: cutting it into blocks would not pay.
-FEW_TOKENS = 192
-# Up to so many it gathers the inputs of each row.
+# Up to so many tokens the products go over an unstructured pattern as it is: cutting it into panels would not pay.
+FEW_TOKENS = {"forward": 192, "grad_input": 64, "grad_values": 64}
+# Up to so many the forward pass gathers the inputs of each row.
 DOT_TOKENS = 3
 # Multiply-adds worth waking another thread for.
 GRAIN = 2**15
@@ -54,78 +54,92 @@ GRAIN = 2**15
 
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
     """y = x·αᵀ + b: (..., in) → (..., out), in the dtype of `x`."""
-    rows, values = _as_rows(x, pattern.in_features), _checked(values).contiguous()
+    rows, values = _as_rows(x, pattern.shape[1]), _checked(values).contiguous()
     if _dense_is_faster(rows, pattern):
         return reference.forward(x, values.to(x.dtype), pattern, None if bias is None else bias.to(x.dtype))
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    y = x.new_empty(len(rows), pattern.out_features)
+    y = x.new_empty(len(rows), pattern.shape[0])
     if y.numel():
         common = _structure(pattern), _array(values), 0 if bias is None else bias.data_ptr()
         if len(rows) <= DOT_TOKENS:
             rows, y = rows.float(), y.float()
             schedule = _few_schedule(rows, pattern)
             _native.forward_dots(isa, schedule, *common, len(rows), rows.data_ptr(), y.data_ptr())
-        elif len(rows) <= FEW_TOKENS:
-            line = min(SPARSE_LINE, MAX_VECTORS * INSTRUCTION_SETS[isa])
-            for few, out in zip(rows.split(line), y.split(line)):
+        elif _few("forward", rows, pattern):
+            for few, out in _tiles(rows, y):
                 _native.forward_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
         else:
             _native.forward(isa, _schedule(rows, pattern), *common, len(rows), _array(rows), _array(y))
-    return y.to(x.dtype).view(*x.shape[:-1], pattern.out_features)
+    return y.to(x.dtype).view(*x.shape[:-1], pattern.shape[0])
 
 
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """dX = dY·α: (..., out) → (..., in), in the dtype of `dy`."""
-    rows, values = _as_rows(dy, pattern.out_features), _checked(values).contiguous()
+    rows, values = _as_rows(dy, pattern.shape[0]), _checked(values).contiguous()
     if _dense_is_faster(rows, pattern):
         return reference.grad_input(dy, values.to(dy.dtype), pattern)
-    dx = dy.new_empty(*dy.shape[:-1], pattern.in_features)
+    dx = dy.new_empty(len(rows), pattern.shape[1])
     if dx.numel():
-        schedule = _schedule(rows, pattern)
-        _native.grad_input(isa, schedule, _structure(pattern), _array(values), len(rows), _array(rows), _array(dx))
-    return dx
+        common = _structure(pattern), _array(values)
+        if _few("grad_input", rows, pattern):
+            for few, out in _tiles(rows, dx):
+                _native.grad_input_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
+        else:
+            _native.grad_input(isa, _schedule(rows, pattern), *common, len(rows), _array(rows), _array(dx))
+    return dx.view(*dy.shape[:-1], pattern.shape[1])
 
 
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """dW|B: the dense-formula gradient dYᵀX read at the slots of B, in the dtype of `x`. → (|B|,)."""
-    outer, rows = _as_rows(dy, pattern.out_features), _as_rows(x, pattern.in_features)
-    stored = pattern.columns.numel()
+    outer, rows = _as_rows(dy, pattern.shape[0]), _as_rows(x, pattern.shape[1])
     limit = AMX_GRADIENT_DENSITY if AMX and x.dtype == dy.dtype == torch.bfloat16 else DENSE_GRADIENT_DENSITY
-    if stored > limit * pattern.numel:
+    if pattern.stored > limit * pattern.numel:
         return reference.grad_values(outer, rows, pattern)
-    gradient = x.new_empty(stored)
-    if stored:
-        schedule = _schedule(rows, pattern, stored)
-        _native.grad_values(
-            isa, schedule, _structure(pattern), len(rows), _array(outer), _array(rows), _array(gradient)
-        )
+    gradient = x.new_empty(pattern.stored)
+    if pattern.stored:
+        few = _few("grad_values", rows, pattern)
+        schedule = _few_schedule(rows, pattern) if few else _schedule(rows, pattern, pattern.stored)
+        product = _native.grad_values_few if few else _native.grad_values
+        product(isa, schedule, _structure(pattern), len(rows), _array(outer), _array(rows), _array(gradient))
     return gradient
 
 
 def _dense_is_faster(rows: Tensor, pattern: Pattern) -> bool:
-    if not AMX or rows.dtype != torch.bfloat16 or len(rows) <= FEW_TOKENS:
+    if not AMX or rows.dtype != torch.bfloat16 or len(rows) <= FEW_TOKENS["forward"]:
         return False
-    return int(pattern.active_counts.sum()) > AMX_DENSITY * pattern.numel
+    return pattern.active > AMX_DENSITY * pattern.numel
+
+
+def _few(product: str, rows: Tensor, pattern: Pattern) -> bool:
+    # A gradient sums over the tokens, which therefore have to fit into one tile.
+    most = MAX_VECTORS * INSTRUCTION_SETS[isa] if product == "grad_values" else len(rows)
+    return len(rows) <= min(most, FEW_TOKENS[product]) and pattern.block_size == (1, 1)
+
+
+def _tiles(rows: Tensor, out: Tensor) -> zip:
+    """Input and output, a tile of tokens at a time."""
+    line = min(SPARSE_LINE, MAX_VECTORS * INSTRUCTION_SETS[isa])
+    return zip(rows.split(line), out.split(line))
 
 
 def _schedule(rows: Tensor, pattern: Pattern, entries: int | None = None) -> "_native.Schedule":
-    """The sizes of tiles and blocks for this many tokens and entries (defaults to |A|), and the number of threads."""
-    entries = int(pattern.active_counts.sum()) if entries is None else entries
+    """The sizes of tiles and panels for this many tokens and values (defaults to |A|), and the number of threads."""
+    entries = pattern.active if entries is None else entries
     threads = _threads(len(rows) * entries)
     dense = entries >= SPARSE_DENSITY * pattern.numel
     width = INSTRUCTION_SETS[isa]
     vectors = min(MAX_VECTORS, (LINE if dense else SPARSE_LINE) // width)
     while vectors > 1 and vectors * width * threads > len(rows):  # rather a tile for each thread
         vectors //= 2
-    block = (PANEL if dense else SPARSE_PANEL) // (vectors * width)
-    return _native.Schedule(_log2(vectors), _log2(block), _log2(ROW_GROUP), threads)
+    panel = (PANEL if dense else SPARSE_PANEL) // (vectors * width)
+    return _native.Schedule(_log2(vectors), _log2(panel), _log2(ROW_GROUP), threads)
 
 
 def _few_schedule(rows: Tensor, pattern: Pattern) -> "_native.Schedule":
     """The smallest tile that holds the tokens."""
     width = INSTRUCTION_SETS[isa]
     vectors = next(n for n in (1, 2, 4, MAX_VECTORS) if n * width >= len(rows))
-    return _native.Schedule(_log2(vectors), 0, 0, _threads(len(rows) * pattern.columns.numel()))
+    return _native.Schedule(_log2(vectors), 0, 0, _threads(len(rows) * pattern.stored))
 
 
 def _threads(work: int) -> int:
@@ -157,5 +171,5 @@ def _array(tensor: Tensor) -> "_native.Array":
 
 
 def _structure(pattern: Pattern) -> "_native.Pattern":
-    arrays = (pattern.row_offsets, pattern.active_counts, pattern.columns)
-    return _native.Pattern(*map(_array, arrays), *pattern.shape)
+    arrays = _array(pattern.row_offsets), _array(pattern.columns)
+    return _native.Pattern(*arrays, *pattern.shape, *pattern.block_size)

@@ -20,7 +20,7 @@ MIN_CHUNK_ELEMENTS = 2**16
 def expand_active(values: Tensor, pattern: Pattern) -> Tensor:
     """α: the values of A at their places, zero elsewhere. Dense, (out, in)."""
     alpha = values.new_zeros(pattern.numel)
-    alpha[pattern.flat_index()] = torch.where(pattern.active_slots(), values, values.new_zeros(()))
+    alpha[pattern.flat_index()[: pattern.active]] = values[: pattern.active]
     return alpha.view(pattern.shape)
 
 
@@ -37,17 +37,21 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """dW|B: the dense-formula gradient dYᵀX read at the slots of B. (..., out), (..., in) → (|B|,)."""
     dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    gradient = x.new_empty(pattern.columns.numel())
+    gradient = x.new_empty(pattern.stored)
     flat = pattern.flat_index()
+    (out_features, in_features), (height, width) = pattern.shape, pattern.block_size
+    slots = (pattern.row_offsets * (height * width)).tolist()
     rows = _rows_per_chunk(pattern)
-    starts = range(0, pattern.out_features, rows)
-    offsets = [*pattern.row_offsets[::rows].tolist(), gradient.numel()]
-    for start, first, last in zip(starts, offsets, offsets[1:]):
-        chunk = dy[:, start : start + rows].mT @ x
-        torch.index_select(chunk.view(-1), 0, flat[first:last] - start * pattern.in_features, out=gradient[first:last])
+    for start in range(0, out_features, rows):
+        end = min(start + rows, out_features)
+        chunk = (dy[:, start:end].mT @ x).view(-1)
+        for base in (0, out_features // height):  # the rows of A, then those of B\A
+            part = slice(slots[base + start // height], slots[base + end // height])
+            torch.index_select(chunk, 0, flat[part] - start * in_features, out=gradient[part])
     return gradient
 
 
 def _rows_per_chunk(pattern: Pattern) -> int:
     elements = max(MIN_CHUNK_ELEMENTS, int(pattern.numel * GRADIENT_CHUNK))
-    return max(1, min(pattern.out_features, elements // max(1, pattern.in_features)))
+    height = pattern.block_size[0]
+    return max(1, elements // max(1, pattern.shape[1] * height)) * height

@@ -32,20 +32,22 @@ def threads():
     torch.set_num_threads(before)
 
 
-def problem(shape, tokens, shares=(0.1, 0.2), dtype=torch.float32, seed=0):
-    """α, pattern, values, bias, x and dY; row 0 is empty, row 1 full, where there are more."""
+def problem(shape, tokens, shares=(0.1, 0.2), dtype=torch.float32, seed=0, block_size=(1, 1)):
+    """α, pattern, values, bias, x and dY; row 0 (of blocks) is empty, row 1 full, where there are more."""
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(shape, generator=generator)
+    height, width = block_size
+    draw = torch.rand(shape[0] // height, shape[1] // width, generator=generator)
     active, backward = draw < shares[0], draw < shares[1]
-    if shape[0] > 2 and 0 < shares[0] < 1:
+    if len(draw) > 2 and 0 < shares[0] < 1:
         active[0] = backward[0] = False
         active[1] = backward[1] = True
+    active, backward = (mask.repeat_interleave(height, 0).repeat_interleave(width, 1) for mask in (active, backward))
 
     def normal(*size):
         return torch.randn(*size, generator=generator).to(dtype)
 
     theta, bias = normal(*shape), normal(shape[0])
-    pattern = Pattern.from_masks(active, backward)
+    pattern = Pattern.from_masks(active, backward, block_size)
     values = theta.flatten()[pattern.flat_index()]
     return theta * active, pattern, values, bias, normal(tokens, shape[1]), normal(tokens, shape[0])
 
@@ -75,9 +77,17 @@ def assert_products(case, dtype=torch.float32):
 
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 64, 333])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 50, 64, 333])
 def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
     assert_products(problem(shape, tokens, shares))
+
+
+@pytest.mark.parametrize("block_size", [(4, 1), (1, 4), (4, 4), (3, 5), (8, 2), (16, 16), (2, 48), (32, 96)])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 20, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_any_size(block_size, tokens, dtype):
+    shape = block_size[0] * (192 // block_size[0]), block_size[1] * (96 // block_size[1])
+    assert_products(problem(shape, tokens, (0.3, 0.6), dtype, block_size=block_size), dtype)
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -104,7 +114,7 @@ def test_wide_layers_have_int32_columns(tokens):
 @pytest.mark.parametrize("tokens", [1, 70, 200])
 def test_all_index_types_give_the_same_numbers(tokens):
     _, pattern, *operands = problem((30, 50), tokens)
-    wide = Pattern(pattern.row_offsets.long(), pattern.active_counts.int(), pattern.columns.int(), 50)
+    wide = Pattern(pattern.row_offsets.long(), pattern.columns.int(), pattern.shape)
     for got, want in zip(products(wide, *operands), products(pattern, *operands)):
         # Not bit for bit: the compiler may fuse the last few multiply-adds of one type and not of another.
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
@@ -165,7 +175,7 @@ def test_dense_chunks_give_the_same_gradient(monkeypatch):
 
 
 def test_dense_products_take_over_where_they_are_faster(monkeypatch):
-    case = problem((64, 96), cpu.FEW_TOKENS + 1, (0.4, 0.8), torch.bfloat16)
+    case = problem((64, 96), cpu.FEW_TOKENS["forward"] + 1, (0.4, 0.8), torch.bfloat16)
     monkeypatch.setattr(cpu, "AMX", True)
     monkeypatch.setattr(cpu._native, "forward", None)
     monkeypatch.setattr(cpu._native, "grad_input", None)

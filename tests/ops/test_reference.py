@@ -5,12 +5,14 @@ from hf_topkast.ops import reference
 from hf_topkast.pattern import Pattern
 
 
-def problem(shape, tokens=7, shares=(0.3, 0.6), dtype=torch.float64, seed=0):
+def problem(shape, tokens=7, shares=(0.3, 0.6), dtype=torch.float64, seed=0, block_size=(1, 1)):
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(shape, generator=generator)
+    height, width = block_size
+    draw = torch.rand(shape[0] // height, shape[1] // width, generator=generator)
+    draw = draw.repeat_interleave(height, 0).repeat_interleave(width, 1)
     active, backward = draw < shares[0], draw < shares[1]
     theta = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    pattern = Pattern.from_masks(active, backward)
+    pattern = Pattern.from_masks(active, backward, block_size)
     x = torch.randn(tokens, shape[1], generator=generator, dtype=torch.float64).to(dtype)
     dy = torch.randn(tokens, shape[0], generator=generator, dtype=torch.float64).to(dtype)
     return theta, active, pattern, theta.flatten()[pattern.flat_index()], x, dy
@@ -33,15 +35,26 @@ def test_products_equal_the_dense_masked_ones(shape, shares, tokens):
     torch.testing.assert_close(reference.grad_values(dy, x, pattern), dense_gradient)
 
 
+@pytest.mark.parametrize("block_size", [(4, 1), (1, 3), (16, 16)])
+def test_blocks(block_size):
+    theta, active, pattern, values, x, dy = problem((48, 96), block_size=block_size)
+    alpha = theta * active
+    torch.testing.assert_close(reference.forward(x, values, pattern, None), x @ alpha.T)
+    torch.testing.assert_close(reference.grad_input(dy, values, pattern), dy @ alpha)
+    dense_gradient = (dy.T @ x).flatten()[pattern.flat_index()]
+    torch.testing.assert_close(reference.grad_values(dy, x, pattern), dense_gradient)
+
+
 def test_infinite_exploration_weight_stays_out_of_the_product():
     theta, active, pattern, values, x, _ = problem((6, 5))
-    values[~pattern.active_slots()] = float("inf")
+    values[pattern.active :] = float("inf")
     torch.testing.assert_close(reference.forward(x, values, pattern, None), x @ (theta * active).T)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 2, 5, 64])
-def test_gradient_does_not_depend_on_the_chunks(rows_per_chunk, monkeypatch):
-    _, _, pattern, _, x, dy = problem((64, 48))
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 2)])
+def test_gradient_does_not_depend_on_the_chunks(rows_per_chunk, block_size, monkeypatch):
+    _, _, pattern, _, x, dy = problem((64, 48), block_size=block_size)
     whole = (dy.T @ x).flatten()[pattern.flat_index()]
     monkeypatch.setattr(reference, "MIN_CHUNK_ELEMENTS", rows_per_chunk * 48)
     monkeypatch.setattr(reference, "GRADIENT_CHUNK", 0.0)

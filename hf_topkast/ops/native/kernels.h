@@ -1,7 +1,8 @@
 // What each instruction set provides: work on one tile of tokens by one thread.
 //
 // A tile is feature-major: `features` lines of N · width floats, one for each of its tokens, so that one weight meets
-// whole vectors of tokens. Tile sizes are N = 1, 2, 4, 8 vectors; tables are indexed by log2 N.
+// whole vectors of tokens. Tile sizes are N = 1, 2, 4, 8 vectors; tables are indexed by log2 N. Rows come in strips, of
+// one row, or of four that share their entries; the first index of a table says which.
 #pragma once
 
 #include <cstdint>
@@ -23,20 +24,27 @@ struct Kernels {
     void (*store_tile)(const float* tile, int tile_tokens, int64_t tokens, int64_t features, void* to, int itemsize,
                        int64_t stride);
 
-    // out[r] += Σ values[p] · panel[offsets[p]] over the entries p of row r: starts[r] <= p < starts[r + 1].
+    // out[r] += Σ values[p, r] · panel[offsets[p]] over the entries p of strip s: starts[s] <= p < starts[s + 1].
     // `out` has one tile line per row; it starts from initial[r] where `initial` is given. Offsets count floats.
-    void (*multiply[TILE_SIZES])(const float* panel, const int64_t* starts, const uint16_t* offsets,
-                                 const float* values, int64_t rows, const float* initial, float* out);
-    // sums[p] += <lines[r], panel[offsets[p]]>; the entries of a row are padded to a multiple of four.
-    void (*inner[TILE_SIZES])(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* lines,
-                              int64_t rows, float* sums);
+    void (*multiply[2][TILE_SIZES])(const float* panel, const int64_t* starts, const uint16_t* offsets,
+                                    const float* values, int64_t strips, const float* initial, float* out);
+    // sums[p, r] += <lines[r], panel[offsets[p]]>; the entries of a strip are padded to a multiple of four.
+    void (*inner[2][TILE_SIZES])(const float* panel, const int64_t* starts, const uint16_t* offsets,
+                                 const float* lines, int64_t strips, float* sums);
 
-    // For few tokens, straight from a pattern's arrays (columns int16 or int32, values fp32 or bf16):
-    // initial + Σ values[p] · tile[columns[p]] over begin <= p < end, of lines or, for one token, of numbers.
+    // For few tokens, one row straight from a pattern's arrays (columns int16 or int32, values and gradients fp32 or
+    // bf16), over begin <= p < end: out = initial + Σ values[p] · tile[columns[p]];
     void (*multiply_row[TILE_SIZES])(const float* tile, const Array& columns, const Array& values, int64_t begin,
                                      int64_t end, float initial, float* out);
-    float (*dot_row)(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end,
-                     int64_t ahead, float initial);
+    // tile[columns[p]] += values[p] · line;
+    void (*scatter_row[TILE_SIZES])(float* tile, const Array& columns, const Array& values, int64_t begin, int64_t end,
+                                    const float* line);
+    // gradient[p] = <line, tile[columns[p]]>;
+    void (*inner_row[TILE_SIZES])(const float* tile, const Array& columns, int64_t begin, int64_t end,
+                                  const float* line, const Array& gradient);
+    // and for one token, a row of blocks: out[i] += Σ values[p, i, j] · x[columns[p] · width + j].
+    void (*dot_row)(const float* x, const Pattern& pattern, const Array& values, int64_t begin, int64_t end,
+                    float* out);
 };
 
 const Kernels* portable_kernels();

@@ -84,33 +84,35 @@ void store_any(const float* tile, int tile_tokens, int64_t tokens, int64_t featu
         store_tile(tile, tile_tokens, tokens, features, (BFloat16*)to, stride);
 }
 
-template <int N>
-void multiply(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* values, int64_t rows,
+template <int N, int STRIP>
+void multiply(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* values, int64_t strips,
               const float* initial, float* out) {
-    for (int64_t r = 0; r < rows; ++r, out += N * W) {
-        Vec sums[N];
-        for (int n = 0; n < N; ++n) sums[n] = initial ? broadcast(initial[r]) : load(out + n * W);
-        for (int64_t p = starts[r]; p < starts[r + 1]; ++p) {
+    for (int64_t s = 0; s < strips; ++s, out += STRIP * N * W) {
+        Vec sums[STRIP][N];
+        for (int r = 0; r < STRIP; ++r)
+            for (int n = 0; n < N; ++n)
+                sums[r][n] = initial ? broadcast(initial[s * STRIP + r]) : load(out + (r * N + n) * W);
+        for (int64_t p = starts[s]; p < starts[s + 1]; ++p) {
             const float* line = panel + offsets[p];
-            Vec weight = broadcast(values[p]);
-            for (int n = 0; n < N; ++n) sums[n] += weight * load(line + n * W);
+            for (int r = 0; r < STRIP; ++r) {
+                Vec weight = broadcast(values[p * STRIP + r]);
+                for (int n = 0; n < N; ++n) sums[r][n] += weight * load(line + n * W);
+            }
         }
-        for (int n = 0; n < N; ++n) store(out + n * W, sums[n]);
+        for (int r = 0; r < STRIP; ++r)
+            for (int n = 0; n < N; ++n) store(out + (r * N + n) * W, sums[r][n]);
     }
 }
 
-// Lane i: Σ over the lanes of `line` that agree with i in the bits of 2H … W/2 … of the product with entry i & (2H - 1).
-// The tree of additions is walked depth first, so that only log2 W partial sums live at once.
-template <int N, int H>
-INLINE Vec inner_tree(const Vec* line, const float* panel, const uint16_t* offsets) {
+// Lane i: Σ over the lanes of vector i & (2H - 1) that agree with i in the bits of 2H … W/2. With H = W/2, the sum of
+// vector i. The tree is walked depth first, so that where `vector` makes them only log2 W partial sums live at once.
+template <int H, class Vector>
+INLINE Vec sum_lanes(Vector vector, int first = 0) {
     if constexpr (H == 0) {
-        const float* other = panel + *offsets;
-        Vec sum = line[0] * load(other);
-        for (int n = 1; n < N; ++n) sum += line[n] * load(other + n * W);
-        return sum;
+        return vector(first);
     } else {
-        Vec first = inner_tree<N, H / 2>(line, panel, offsets);
-        return add_pairs<H>(first, inner_tree<N, H / 2>(line, panel, offsets + H));
+        Vec left = sum_lanes<H / 2>(vector, first);
+        return add_pairs<H>(left, sum_lanes<H / 2>(vector, first + H));
     }
 }
 
@@ -121,19 +123,52 @@ INLINE Vec fold(Vec x) {  // adds the lanes that differ in bit H and above
 }
 
 template <int N>
+INLINE Vec product(const Vec* line, const float* other) {
+    Vec sum = line[0] * load(other);
+    for (int n = 1; n < N; ++n) sum += line[n] * load(other + n * W);
+    return sum;
+}
+
+template <int N>
 void inner(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* lines, int64_t rows,
            float* sums) {
     for (int64_t r = 0; r < rows; ++r, lines += N * W) {
         Vec line[N];
         for (int n = 0; n < N; ++n) line[n] = load(lines + n * W);
         int64_t p = starts[r], end = starts[r + 1];
-        for (; p + W <= end; p += W)
-            store(sums + p, load(sums + p) + inner_tree<N, W / 2>(line, panel, offsets + p));
+        auto entry = [&](int i) INLINE_LAMBDA { return product<N>(line, panel + offsets[p + i]); };
+        for (; p + W <= end; p += W) store(sums + p, load(sums + p) + sum_lanes<W / 2>(entry));
         for (; p < end; p += 4) {
-            Vec four = fold<4>(inner_tree<N, 2>(line, panel, offsets + p));
+            Vec four = fold<4>(sum_lanes<2>(entry));
             store(sums + p, load_as<Quad>(sums + p) + __builtin_shufflevector(four, four, 0, 1, 2, 3));
         }
     }
+}
+
+// As many entries at a time as leave their products with the four rows in registers, so that a load serves several.
+template <int N>
+void inner_strips(const float* panel, const int64_t* starts, const uint16_t* offsets, const float* lines,
+                  int64_t strips, float* sums) {
+    constexpr int ENTRIES = W == 16 ? 4 : 2;
+    for (int64_t s = 0; s < strips; ++s, lines += 4 * N * W)
+        for (int64_t p = starts[s]; p < starts[s + 1]; p += ENTRIES) {
+            Vec products[ENTRIES * 4] = {};
+            for (int n = 0; n < N; ++n) {
+                Vec rows[4];
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) rows[r] = load(lines + (r * N + n) * W);
+#pragma GCC unroll 4
+                for (int e = 0; e < ENTRIES; ++e) {
+                    Vec other = load(panel + offsets[p + e] + n * W);
+#pragma GCC unroll 4
+                    for (int r = 0; r < 4; ++r) products[e * 4 + r] += rows[r] * other;
+                }
+            }
+            for (int first = 0; first < ENTRIES * 4; first += W) {
+                float* to = sums + p * 4 + first;
+                store(to, load(to) + sum_lanes<W / 2>([&](int i) INLINE_LAMBDA { return products[first + i]; }));
+            }
+        }
 }
 
 template <int N, class Column, class Value>
@@ -159,22 +194,76 @@ void multiply_row(const float* tile, const Column* columns, const Value* values,
     }
 }
 
+template <int N, class Column, class Value>
+void scatter_row(float* tile, const Column* columns, const Value* values, int64_t begin, int64_t end,
+                 const float* line) {
+    Vec added[N];
+    for (int n = 0; n < N; ++n) added[n] = load(line + n * W);
+    for (int64_t p = begin; p < end; ++p) {
+        float* to = tile + int64_t(columns[p]) * (N * W);
+        Vec weight = broadcast(to_float(values[p]));
+        for (int n = 0; n < N; ++n) store(to + n * W, load(to + n * W) + weight * added[n]);
+    }
+}
+
+template <int N, class Column, class Value>
+void inner_row(const float* tile, const Column* columns, int64_t begin, int64_t end, const float* line_at,
+               Value* gradient) {
+    Vec line[N];
+    for (int n = 0; n < N; ++n) line[n] = load(line_at + n * W);
+    int64_t p = begin;
+    auto entry = [&](int i) INLINE_LAMBDA { return product<N>(line, tile + int64_t(columns[p + i]) * (N * W)); };
+    for (; p + W <= end; p += W) narrow(gradient + p, sum_lanes<W / 2>(entry));
+    for (; p < end; ++p) {
+        Value sums[W];
+        narrow(sums, fold<1>(entry(0)));
+        gradient[p] = sums[0];
+    }
+}
+
 template <class Column, class Value>
-float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end, int64_t ahead,
-              float initial) {
+float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end) {
     Vec sums[2] = {};
     int64_t p = begin;
     for (; p + 2 * W <= end; p += 2 * W) {
-        __builtin_prefetch(values + p + ahead);
-        __builtin_prefetch(values + p + W + ahead);
-        __builtin_prefetch(columns + p + ahead);
         sums[0] += widen(values + p) * gather(x, columns + p);
         sums[1] += widen(values + p + W) * gather(x, columns + p + W);
     }
-    sums[0] = fold<1>(sums[0] + sums[1]);
-    float sum = initial + sums[0][0];
+    float sum = fold<1>(sums[0] + sums[1])[0];
     for (; p < end; ++p) sum += to_float(values[p]) * x[columns[p]];
     return sum;
+}
+
+// Σ a[i] · b[i]
+template <class Value>
+INLINE float dot(const Value* a, const float* b, int64_t size) {
+    Vec sums = {};
+    int64_t i = 0;
+    for (; i + W <= size; i += W) sums += widen(a + i) * load(b + i);
+    float sum = fold<1>(sums)[0];
+    for (; i < size; ++i) sum += to_float(a[i]) * b[i];
+    return sum;
+}
+
+// to[i] += a · b[i]
+template <class Value>
+INLINE void add_multiple(float* to, float a, const Value* b, int64_t size) {
+    int64_t i = 0;
+    for (; i + W <= size; i += W) store(to + i, load(to + i) + broadcast(a) * widen(b + i));
+    for (; i < size; ++i) to[i] += a * to_float(b[i]);
+}
+
+template <class Column, class Value>
+void dot_blocks(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end, int64_t height,
+                int64_t width, float* out) {
+    for (int64_t p = begin; p < end; ++p) {
+        const Value* block = values + p * height * width;
+        const float* inputs = x + columns[p] * width;
+        if (width == 1)
+            add_multiple(out, *inputs, block, height);
+        else
+            for (int64_t i = 0; i < height; ++i) out[i] += dot(block + i * width, inputs, width);
+    }
 }
 
 // Calls visit(columns, values) with the types that the arrays have.
@@ -182,9 +271,9 @@ template <class Visit>
 INLINE void with_types(const Array& columns, const Array& values, Visit visit) {
     auto with_column = [&](auto* typed) {
         if (values.itemsize == 4)
-            visit(typed, (const float*)values.address);
+            visit(typed, (float*)values.address);
         else
-            visit(typed, (const BFloat16*)values.address);
+            visit(typed, (BFloat16*)values.address);
     };
     if (columns.itemsize == 2)
         with_column((const int16_t*)columns.address);
@@ -199,11 +288,25 @@ void multiply_any_row(const float* tile, const Array& columns, const Array& valu
                [&](auto* c, auto* v) { multiply_row<N>(tile, c, v, begin, end, initial, out); });
 }
 
-float dot_any_row(const float* x, const Array& columns, const Array& values, int64_t begin, int64_t end, int64_t ahead,
-                  float initial) {
-    float result;
-    with_types(columns, values, [&](auto* c, auto* v) { result = dot_row(x, c, v, begin, end, ahead, initial); });
-    return result;
+template <int N>
+void scatter_any_row(float* tile, const Array& columns, const Array& values, int64_t begin, int64_t end,
+                     const float* line) {
+    with_types(columns, values, [&](auto* c, auto* v) { scatter_row<N>(tile, c, v, begin, end, line); });
+}
+
+template <int N>
+void inner_any_row(const float* tile, const Array& columns, int64_t begin, int64_t end, const float* line,
+                   const Array& gradient) {
+    with_types(columns, gradient, [&](auto* c, auto* v) { inner_row<N>(tile, c, begin, end, line, v); });
+}
+
+void dot_any_row(const float* x, const Pattern& pattern, const Array& values, int64_t begin, int64_t end, float* out) {
+    with_types(pattern.columns, values, [&](auto* c, auto* v) {
+        if (pattern.unstructured())
+            *out += dot_row(x, c, v, begin, end);
+        else
+            dot_blocks(x, c, v, begin, end, pattern.height, pattern.width, out);
+    });
 }
 
 constexpr Kernels TABLE = {
@@ -211,9 +314,12 @@ constexpr Kernels TABLE = {
     W,
     load_any,
     store_any,
-    {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
-    {inner<1>, inner<2>, inner<4>, inner<8>},
+    {{multiply<1, 1>, multiply<2, 1>, multiply<4, 1>, multiply<8, 1>},
+     {multiply<1, 4>, multiply<2, 4>, multiply<4, 4>, multiply<8, 4>}},
+    {{inner<1>, inner<2>, inner<4>, inner<8>}, {inner_strips<1>, inner_strips<2>, inner_strips<4>, inner_strips<8>}},
     {multiply_any_row<1>, multiply_any_row<2>, multiply_any_row<4>, multiply_any_row<8>},
+    {scatter_any_row<1>, scatter_any_row<2>, scatter_any_row<4>, scatter_any_row<8>},
+    {inner_any_row<1>, inner_any_row<2>, inner_any_row<4>, inner_any_row<8>},
     dot_any_row,
 };
 

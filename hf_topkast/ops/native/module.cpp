@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "few_tokens.h"
 #include "isa.h"
 #include "products.h"
 
@@ -16,7 +17,7 @@ NB_MODULE(_native, m) {
     auto released = nb::call_guard<nb::gil_scoped_release>();
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
-    nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, Array, int64_t, int64_t>());
+    nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, int64_t, int64_t, int64_t, int64_t>());
     nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int, int>());
 
     m.def("instruction_sets", [] {
@@ -45,6 +46,16 @@ NB_MODULE(_native, m) {
             forward_dots(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, (const float*)x,
                          (float*)y);
         },
+        released);
+    m.def(
+        "grad_input_few",
+        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, int64_t tokens, Array dy,
+           Array dx) { grad_input_few(kernels_named(isa), schedule, pattern, values, tokens, dy, dx); },
+        released);
+    m.def(
+        "grad_values_few",
+        [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
+           Array gradient) { grad_values_few(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
         released);
     m.def(
         "grad_input",

@@ -18,15 +18,16 @@ struct Array {
     }
 };
 
-// `Pattern` of pattern.py: each row's active entries come first, then the other entries of B.
+// `Pattern` of pattern.py: a CSR structure of blocks; its first `rows()` rows are those of A, the others those of B\A.
 struct Pattern {
-    Array row_offsets, active_counts, columns;
+    Array row_offsets, columns;
     int64_t out_features, in_features;
+    int64_t height, width;  // of a block
 
+    int64_t rows() const { return out_features / height; }
     int64_t begin(int64_t row) const { return row_offsets.integer(row); }
-    int64_t active_end(int64_t row) const { return begin(row) + active_counts.integer(row); }
     int64_t end(int64_t row) const { return row_offsets.integer(row + 1); }
-    int64_t stored() const { return end(out_features - 1); }
+    bool unstructured() const { return height == 1 && width == 1; }
 };
 
 }  // namespace hf_topkast

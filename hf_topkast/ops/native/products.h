@@ -8,22 +8,14 @@ namespace hf_topkast {
 
 struct Schedule {
     int tile;         // log2 of the vectors of a tile line
-    int column_bits;  // log2 of the columns of a block
-    int row_bits;     // log2 of the rows of a group, whose output lines are made together
+    int column_bits;  // log2 of the columns of a panel
+    int row_bits;     // log2 of the rows of a group, whose output lines are made together; at least 2
     int threads;
 };
 
 // y = x·αᵀ + bias: (tokens, in) → (tokens, out). `bias`, fp32, may be null.
 void forward(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
              const float* bias, int64_t tokens, const Array& x, const Array& y);
-
-// The same for few tokens, at most one tile: rows straight from the pattern, shared out among the threads.
-void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
-                 const float* bias, int64_t tokens, const Array& x, const Array& y);
-
-// The same for so few that gathering a row's inputs beats making a tile of them.
-void forward_dots(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
-                  const float* bias, int64_t tokens, const float* x, float* y);
 
 // dX = dY·α: (tokens, out) → (tokens, in).
 void grad_input(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,

@@ -20,6 +20,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef float Quad __attribute__((vector_size(16)));
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T>
 INLINE T load_as(const void* from) {
