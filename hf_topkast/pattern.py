@@ -1,6 +1,6 @@
 """The active and the exploration set of one layer as one CSR structure."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ def index_dtype(largest: int) -> torch.dtype:
     return torch.int32 if largest <= INT32_MAX else torch.int64
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """
     Where the |B| stored values of an (out, in) weight stand.
 

@@ -55,38 +55,44 @@ GRAIN = 2**15
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
     """y = x·αᵀ + b: (..., in) → (..., out), in the dtype of `x`."""
     rows, values = _as_rows(x, pattern.shape[1]), _checked(values).contiguous()
-    if _dense_is_faster(rows, pattern):
+    tokens = rows.shape[0]
+    if tokens > FEW_TOKENS["forward"] and _dense_is_faster(rows, pattern):
         return reference.forward(x, values.to(x.dtype), pattern, None if bias is None else bias.to(x.dtype))
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    y = x.new_empty(len(rows), pattern.shape[0])
-    if y.numel():
-        common = _structure(pattern), _array(values), 0 if bias is None else bias.data_ptr()
-        if len(rows) <= DOT_TOKENS:
-            rows, y = rows.float(), y.float()
-            schedule = _few_schedule(rows, pattern)
-            _native.forward_dots(isa, schedule, *common, len(rows), rows.data_ptr(), y.data_ptr())
-        elif _few("forward", rows, pattern):
-            for few, out in _tiles(rows, y):
-                _native.forward_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
-        else:
-            _native.forward(isa, _schedule(rows, pattern), *common, len(rows), _array(rows), _array(y))
-    return y.to(x.dtype).view(*x.shape[:-1], pattern.shape[0])
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    y = x.new_empty(*x.shape[:-1], pattern.shape[0])
+    common = _structure(pattern), _array(values), 0 if bias is None else bias.data_ptr()
+    if tokens == 0:
+        pass
+    elif tokens <= DOT_TOKENS:
+        rows, numbers = rows.float(), y.float()
+        threads = _threads(tokens * pattern.stored)
+        _native.forward_dots(isa, threads, *common, tokens, rows.data_ptr(), numbers.data_ptr())
+        if numbers is not y:
+            y.copy_(numbers)
+    elif _few("forward", tokens, pattern):
+        for few, out in _tiles(rows, y):
+            _native.forward_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
+    else:
+        _native.forward(isa, _schedule(tokens, pattern), *common, tokens, _array(rows), _array(y))
+    return y
 
 
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """dX = dY·α: (..., out) → (..., in), in the dtype of `dy`."""
     rows, values = _as_rows(dy, pattern.shape[0]), _checked(values).contiguous()
-    if _dense_is_faster(rows, pattern):
+    if len(rows) > FEW_TOKENS["forward"] and _dense_is_faster(rows, pattern):
         return reference.grad_input(dy, values.to(dy.dtype), pattern)
-    dx = dy.new_empty(len(rows), pattern.shape[1])
-    if dx.numel():
-        common = _structure(pattern), _array(values)
-        if _few("grad_input", rows, pattern):
-            for few, out in _tiles(rows, dx):
-                _native.grad_input_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
-        else:
-            _native.grad_input(isa, _schedule(rows, pattern), *common, len(rows), _array(rows), _array(dx))
-    return dx.view(*dy.shape[:-1], pattern.shape[1])
+    dx = dy.new_empty(*dy.shape[:-1], pattern.shape[1])
+    tokens, common = len(rows), (_structure(pattern), _array(values))
+    if tokens == 0:
+        pass
+    elif _few("grad_input", tokens, pattern):
+        for few, out in _tiles(rows, dx):
+            _native.grad_input_few(isa, _few_schedule(few, pattern), *common, len(few), _array(few), _array(out))
+    else:
+        _native.grad_input(isa, _schedule(tokens, pattern), *common, tokens, _array(rows), _array(dx))
+    return dx
 
 
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
@@ -97,39 +103,38 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         return reference.grad_values(outer, rows, pattern)
     gradient = x.new_empty(pattern.stored)
     if pattern.stored:
-        few = _few("grad_values", rows, pattern)
-        schedule = _few_schedule(rows, pattern) if few else _schedule(rows, pattern, pattern.stored)
-        product = _native.grad_values_few if few else _native.grad_values
-        product(isa, schedule, _structure(pattern), len(rows), _array(outer), _array(rows), _array(gradient))
+        tokens, common = len(rows), (_structure(pattern), len(rows), _array(outer), _array(rows), _array(gradient))
+        if _few("grad_values", tokens, pattern):
+            _native.grad_values_few(isa, _few_schedule(rows, pattern), *common)
+        else:
+            _native.grad_values(isa, _schedule(tokens, pattern, pattern.stored), *common)
     return gradient
 
 
 def _dense_is_faster(rows: Tensor, pattern: Pattern) -> bool:
-    if not AMX or rows.dtype != torch.bfloat16 or len(rows) <= FEW_TOKENS["forward"]:
-        return False
-    return pattern.active > AMX_DENSITY * pattern.numel
+    return AMX and rows.dtype == torch.bfloat16 and pattern.active > AMX_DENSITY * pattern.numel
 
 
-def _few(product: str, rows: Tensor, pattern: Pattern) -> bool:
+def _few(product: str, tokens: int, pattern: Pattern) -> bool:
     # A gradient sums over the tokens, which therefore have to fit into one tile.
-    most = MAX_VECTORS * INSTRUCTION_SETS[isa] if product == "grad_values" else len(rows)
-    return len(rows) <= min(most, FEW_TOKENS[product]) and pattern.block_size == (1, 1)
+    most = MAX_VECTORS * INSTRUCTION_SETS[isa] if product == "grad_values" else tokens
+    return tokens <= min(most, FEW_TOKENS[product]) and pattern.block_size == (1, 1)
 
 
 def _tiles(rows: Tensor, out: Tensor) -> zip:
     """Input and output, a tile of tokens at a time."""
     line = min(SPARSE_LINE, MAX_VECTORS * INSTRUCTION_SETS[isa])
-    return zip(rows.split(line), out.split(line))
+    return zip(rows.split(line), out.view(len(rows), -1).split(line))
 
 
-def _schedule(rows: Tensor, pattern: Pattern, entries: int | None = None) -> "_native.Schedule":
+def _schedule(tokens: int, pattern: Pattern, entries: int | None = None) -> "_native.Schedule":
     """The sizes of tiles and panels for this many tokens and values (defaults to |A|), and the number of threads."""
     entries = pattern.active if entries is None else entries
-    threads = _threads(len(rows) * entries)
+    threads = _threads(tokens * entries)
     dense = entries >= SPARSE_DENSITY * pattern.numel
     width = INSTRUCTION_SETS[isa]
     vectors = min(MAX_VECTORS, (LINE if dense else SPARSE_LINE) // width)
-    while vectors > 1 and vectors * width * threads > len(rows):  # rather a tile for each thread
+    while vectors > 1 and vectors * width * threads > tokens:  # rather a tile for each thread
         vectors //= 2
     panel = (PANEL if dense else SPARSE_PANEL) // (vectors * width)
     return _native.Schedule(_log2(vectors), _log2(panel), _log2(ROW_GROUP), threads)

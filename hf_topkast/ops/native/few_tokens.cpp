@@ -32,10 +32,10 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
     }
 }
 
-void forward_dots(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+void forward_dots(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values,
                   const float* bias, int64_t tokens, const float* x, float* y) {
     int64_t in = pattern.in_features, out = pattern.out_features, height = pattern.height;
-#pragma omp parallel for schedule(static) num_threads(schedule.threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < pattern.rows(); ++row) {
         int64_t begin = pattern.begin(row), end = pattern.end(row);
         for (int64_t token = 0; token < tokens; ++token) {

@@ -10,7 +10,7 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
                  const float* bias, int64_t tokens, const Array& x, const Array& y);
 
 // For a few single tokens, where gathering a row's inputs beats making a tile of them. fp32 in and out, any blocks.
-void forward_dots(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,
+void forward_dots(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values,
                   const float* bias, int64_t tokens, const float* x, float* y);
 
 void grad_input_few(const Kernels& kernels, const Schedule& schedule, const Pattern& pattern, const Array& values,

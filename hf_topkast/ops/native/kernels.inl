@@ -221,17 +221,32 @@ void inner_row(const float* tile, const Column* columns, int64_t begin, int64_t 
     }
 }
 
+// One token's product is bound by reading the pattern, which the processor's own prefetching does not do far enough
+// ahead. The entries of the next row follow in memory.
+constexpr int64_t AHEAD = 512;
+
 template <class Column, class Value>
 float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end) {
+    auto products = [&](int64_t p) INLINE_LAMBDA { return widen(values + p) * gather(x, columns + p); };
     Vec sums[2] = {};
     int64_t p = begin;
     for (; p + 2 * W <= end; p += 2 * W) {
-        sums[0] += widen(values + p) * gather(x, columns + p);
-        sums[1] += widen(values + p + W) * gather(x, columns + p + W);
+        __builtin_prefetch(values + p + AHEAD);
+        __builtin_prefetch(values + p + W + AHEAD);
+        __builtin_prefetch(columns + p + AHEAD);
+        sums[0] += products(p);
+        sums[1] += products(p + W);
     }
-    float sum = fold<1>(sums[0] + sums[1])[0];
-    for (; p < end; ++p) sum += to_float(values[p]) * x[columns[p]];
-    return sum;
+    if (p + W <= end) {
+        sums[0] += products(p);
+        p += W;
+    }
+    float sum = 0;
+    if (end >= W)  // the last entries of this row, behind some that were added already or are another row's
+        sums[1] += last_lanes(products(end - W), int(end - p));
+    else
+        for (; p < end; ++p) sum += to_float(values[p]) * x[columns[p]];
+    return sum + fold<1>(sums[0] + sums[1])[0];
 }
 
 // Σ a[i] · b[i]

@@ -41,9 +41,9 @@ NB_MODULE(_native, m) {
         released);
     m.def(
         "forward_dots",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
+        [](const std::string& isa, int threads, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
            uintptr_t x, uintptr_t y) {
-            forward_dots(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, (const float*)x,
+            forward_dots(kernels_named(isa), threads, pattern, values, (const float*)bias, tokens, (const float*)x,
                          (float*)y);
         },
         released);

@@ -111,6 +111,15 @@ INLINE Vec add_pairs(Vec a, Vec b) {
     return straight<H>(a, b, LANES) + across<H>(a, b, LANES);
 }
 
+template <int... I>
+INLINE Vec last_lanes(Vec x, int count, std::integer_sequence<int, I...>) {
+    constexpr Words lanes = {I...};
+    return (Vec)((Words)x & (Words)(lanes >= uint32_t(W - count)));
+}
+
+// The last `count` lanes, and zeros before them.
+INLINE Vec last_lanes(Vec x, int count) { return last_lanes(x, count, LANES); }
+
 // Transposes a W × W square held in W vectors.
 template <int H = W / 2>
 INLINE void transpose(Vec* rows) {
