@@ -6,17 +6,21 @@ How fast forward, dX and dW|B are against the dense products, token-major in and
 Each peer is timed in pairs with the dense product (torch.matmul), turn and turn about, and what is shown is the median
 of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is the share of the machine's
 multiply-add rate, taken from a dense product of 2048 × 2048 × 2048, that the peer reaches on the weights it needs.
-Random unstructured masks of exact density; the weights of torch.sparse are transposed for dX beforehand, at no charge.
+Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
+simulated with dense tensors, which multiplies weights and gradients by masks; the weights of torch.sparse are
+transposed for dX beforehand, at no charge.
 """
 
 import argparse
 import json
 import statistics
+from types import ModuleType
 
 import torch
 
-from hf_topkast.ops import BACKENDS
+from hf_topkast.ops import BACKENDS, implementation
 from hf_topkast.pattern import Pattern
+from hf_topkast.selection import block_norms, set_size, spread_blocks, top_mask
 
 from .measure import interleaved, machine, make_parser, median_ratio
 
@@ -30,9 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["768x768", "3072x768", "768x3072"], help="out x in")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.2, 0.1, 0.05], help="of A")
     parser.add_argument("--backward-ratio", type=float, default=1.0, help="size of B over size of A")
+    parser.add_argument("--block-size", nargs=2, type=int, default=[1, 1], help="rows and columns of a block")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--peers", nargs="+", default=[*BACKENDS, "torch.sparse"])
+    parser.add_argument("--peers", nargs="+", default=["auto", *BACKENDS, "masks", "torch.sparse"])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timings; the median is shown")
     return parser.parse_args()
 
@@ -40,16 +45,26 @@ def parse_arguments() -> argparse.Namespace:
 class Problem:
     """One layer's tensors, and its three products by dense α."""
 
-    def __init__(self, shape: tuple[int, int], tokens: int, density: float, backward_ratio: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        tokens: int,
+        density: float,
+        backward_ratio: float,
+        dtype: torch.dtype,
+        block_size: tuple[int, int] = (1, 1),
+    ):
         generator = torch.Generator().manual_seed(0)
-        theta = torch.randn(shape, generator=generator)
-        order = theta.abs().flatten().argsort(descending=True)
-        sizes = [round(density * theta.numel()), round(min(1.0, density * backward_ratio) * theta.numel())]
-        active, backward = (torch.zeros(theta.numel(), dtype=torch.bool) for _ in sizes)
-        active[order[: sizes[0]]] = backward[order[: sizes[1]]] = True
-        self.pattern = Pattern.from_masks(active.view(shape), backward.view(shape))
-        self.values = theta.flatten()[self.pattern.flat_index()].to(dtype)
-        self.alpha = (theta * active.view(shape)).to(dtype)
+        self.theta = torch.randn(shape, generator=generator)
+        scores = block_norms(self.theta, block_size)
+        shares = density, min(1.0, density * backward_ratio)
+        sets = (top_mask(scores, set_size(scores.numel(), share)) for share in shares)
+        self.active, self.backward = (spread_blocks(mask, block_size) for mask in sets)
+        self.pattern = Pattern.from_masks(self.active, self.backward, block_size)
+        self.values = self.theta.flatten()[self.pattern.flat_index()].to(dtype)
+        self.theta = self.theta.to(dtype)
+        self.alpha = self.theta * self.active
+        sizes = self.pattern.active, self.pattern.stored
         self.x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
         self.dy = torch.randn(tokens, shape[0], generator=generator).to(dtype)
         # Multiply-adds of each pass on the weights that it needs.
@@ -63,9 +78,21 @@ class Problem:
         }
 
     def peer(self, name: str):
-        if name == "torch.sparse":
-            return self._torch_sparse()
-        backend = BACKENDS[name]
+        if name == "auto":
+            operands = {"forward": self.x, "grad_input": self.dy, "grad_values": self.x}
+            chosen = {name: implementation("auto", name, x, self.pattern) for name, x in operands.items()}
+            return {name: self.backend(backend)[name] for name, backend in chosen.items()}
+        others = {"torch.sparse": self._torch_sparse, "masks": self._masks}
+        return others[name]() if name in others else self.backend(BACKENDS[name])
+
+    def _masks(self):
+        return {
+            "forward": lambda: self.x @ (self.theta * self.active).T,
+            "grad_input": lambda: self.dy @ self.alpha,
+            "grad_values": lambda: (self.dy.T @ self.x).mul_(self.backward),
+        }
+
+    def backend(self, backend: ModuleType):
         return {
             "forward": lambda: backend.forward(self.x, self.values, self.pattern, None),
             "grad_input": lambda: backend.grad_input(self.dy, self.values, self.pattern),
@@ -122,7 +149,7 @@ def main():
         for tokens in arguments.tokens:
             for density in arguments.densities:
                 size = (out_features, in_features)
-                problem = Problem(size, tokens, density, arguments.backward_ratio, dtype)
+                problem = Problem(size, tokens, density, arguments.backward_ratio, dtype, arguments.block_size)
                 for peer in arguments.peers:
                     row = measure(problem, peer, arguments.rounds, bound)
                     result["rows"].append({"shape": size, "tokens": tokens, "density": density, "peer": peer, **row})

@@ -2,7 +2,7 @@
 The masked products of a sparse layer, y = x·αᵀ + b, dX = dY·α and dW|B, as torch operators over several backends.
 
 A backend is a module with three functions of one signature, `forward`, `grad_input` and `grad_values`; see
-`reference.py` for what each takes and returns.
+`reference.py` for what each takes and returns. Which one runs is decided for each product by `implementation`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..pattern import Pattern
-from . import reference
+from . import costs, reference
 
 
 logger = logging.get_logger(__name__)
@@ -21,11 +21,11 @@ logger = logging.get_logger(__name__)
 BACKENDS: dict[str, ModuleType] = {"reference": reference}
 
 try:
-    from . import cpu
+    from . import cpu, expanded
 except ImportError as error:  # installed without a compiler
     WHY_NO_CPU = str(error)
 else:
-    BACKENDS["cpu"] = cpu
+    BACKENDS.update(cpu=cpu, expanded=expanded)
 
 
 def select_backend(name: str) -> str:
@@ -40,16 +40,18 @@ def select_backend(name: str) -> str:
     return name
 
 
-def implementation(backend: str, x: Tensor) -> ModuleType:
+def implementation(backend: str, product: str, x: Tensor, pattern: Pattern) -> ModuleType:
     """
-    The module that multiplies `x`: for `"auto"` the C++ kernels where they are built and `x` is float32 or bfloat16 on
-    the CPU, and the reference for anything else (float64, float16, other devices).
+    The module that runs a product with the dense operand `x`.
+
+    For `"auto"` it is the faster of the C++ backends, sparse kernels and expanded α, where they are built and `x` is
+    float32 or bfloat16 on the CPU, and the reference for anything else (float64, float16, other devices).
     """
     if backend != "auto":
         return BACKENDS[backend]
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         if "cpu" in BACKENDS:
-            return BACKENDS["cpu"]
+            return BACKENDS["cpu" if costs.sparse_is_faster(product, x, pattern) else "expanded"]
         logger.warning_once(
             f"hf_topkast runs without its C++ kernels ({WHY_NO_CPU}): sparse layers save memory but no time. To build "
             "them install a C++17 compiler with OpenMP (g++ 12, clang 15) and reinstall with --no-cache-dir."
@@ -81,7 +83,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         bias = None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
-        return implementation(backend, x).forward(x, values, pattern, bias)
+        return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
 
 
@@ -96,7 +98,7 @@ def _linear(
     backend: str,
 ) -> Tensor:
     pattern = Pattern(row_offsets, columns, (_out_features(row_offsets, block_size), x.shape[-1]), tuple(block_size))
-    return implementation(backend, x).forward(x, values, pattern, bias)
+    return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
 
 
 @_linear.register_fake
@@ -119,7 +121,7 @@ def _linear_grad_input(
     backend: str,
 ) -> Tensor:
     pattern = Pattern(row_offsets, columns, (dy.shape[-1], in_features), tuple(block_size))
-    return implementation(backend, dy).grad_input(dy, values, pattern)
+    return implementation(backend, "grad_input", dy, pattern).grad_input(dy, values, pattern)
 
 
 @_linear_grad_input.register_fake
@@ -132,7 +134,7 @@ def _linear_grad_values(
     dy: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, block_size: Sequence[int], backend: str
 ) -> Tensor:
     pattern = Pattern(row_offsets, columns, (dy.shape[-1], x.shape[-1]), tuple(block_size))
-    return implementation(backend, x).grad_values(dy, x, pattern)
+    return implementation(backend, "grad_values", x, pattern).grad_values(dy, x, pattern)
 
 
 @_linear_grad_values.register_fake

@@ -41,7 +41,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     flat = pattern.flat_index()
     (out_features, in_features), (height, width) = pattern.shape, pattern.block_size
     slots = (pattern.row_offsets * (height * width)).tolist()
-    rows = _rows_per_chunk(pattern)
+    rows = rows_per_chunk(pattern)
     for start in range(0, out_features, rows):
         end = min(start + rows, out_features)
         chunk = (dy[:, start:end].mT @ x).view(-1)
@@ -51,7 +51,8 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     return gradient
 
 
-def _rows_per_chunk(pattern: Pattern) -> int:
+def rows_per_chunk(pattern: Pattern) -> int:
+    """How many rows of the dense gradient exist at once: whole rows of blocks."""
     elements = max(MIN_CHUNK_ELEMENTS, int(pattern.numel * GRADIENT_CHUNK))
     height = pattern.block_size[0]
     return max(1, elements // max(1, pattern.shape[1] * height)) * height

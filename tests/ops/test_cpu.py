@@ -11,6 +11,7 @@ from hf_topkast.pattern import Pattern
 
 
 cpu = pytest.importorskip("hf_topkast.ops.cpu", reason="the C++ extension is not built", exc_type=ImportError)
+handover = pytest.importorskip("hf_topkast.ops.handover", exc_type=ImportError)
 
 SIZES = [(1, 1), (3, 172), (172, 3), (769, 64), (130, 769)]
 SHARES = {"sparse": (0.1, 0.2), "no exploration": (0.3, 0.3), "full": (1.0, 1.0), "empty": (0.0, 0.0)}
@@ -19,8 +20,6 @@ SHARES = {"sparse": (0.1, 0.2), "no exploration": (0.3, 0.3), "full": (1.0, 1.0)
 @pytest.fixture(params=list(cpu.INSTRUCTION_SETS), autouse=True)
 def isa(request, monkeypatch):
     monkeypatch.setattr(cpu, "isa", request.param)
-    monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 2.0)  # always entry by entry
-    monkeypatch.setattr(cpu, "AMX", False)
     return request.param
 
 
@@ -128,7 +127,7 @@ def test_many_rows_are_worked_in_groups():
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_any_number_of_threads(count, tokens, threads, monkeypatch):
     threads(count)
-    monkeypatch.setattr(cpu, "GRAIN", 1)
+    monkeypatch.setattr(handover, "GRAIN", 1)
     case = problem((100, 200), tokens)
     assert_products(case)
     first, second = products(*case[1:]), products(*case[1:])
@@ -136,7 +135,7 @@ def test_any_number_of_threads(count, tokens, threads, monkeypatch):
 
 
 def test_concurrent_calls_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(cpu, "GRAIN", 1)
+    monkeypatch.setattr(handover, "GRAIN", 1)
     cases = [problem((60 + i, 90), 130, seed=i) for i in range(8)]
     alone = [products(*case[1:]) for case in cases]
     with ThreadPoolExecutor(4) as pool:
@@ -167,22 +166,6 @@ def test_a_nan_stays_where_the_sparse_layer_reads_it():
     assert not y[:3].isnan().any() and not y[4:].isnan().any()
 
 
-def test_dense_chunks_give_the_same_gradient(monkeypatch):
-    case = problem((64, 96), 40, (0.4, 0.8))
-    sparse = cpu.grad_values(case[-1], case[-2], case[1])
-    monkeypatch.setattr(cpu, "DENSE_GRADIENT_DENSITY", 0.0)
-    torch.testing.assert_close(cpu.grad_values(case[-1], case[-2], case[1]), sparse)
-
-
-def test_dense_products_take_over_where_they_are_faster(monkeypatch):
-    case = problem((64, 96), cpu.FEW_TOKENS["forward"] + 1, (0.4, 0.8), torch.bfloat16)
-    monkeypatch.setattr(cpu, "AMX", True)
-    monkeypatch.setattr(cpu._native, "forward", None)
-    monkeypatch.setattr(cpu._native, "grad_input", None)
-    monkeypatch.setattr(cpu._native, "grad_values", None)
-    assert_products(case, torch.bfloat16)
-
-
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 0)])
 def test_a_layer_and_its_gradients(leading):
     _, pattern, values, bias, *_ = problem((6, 5), 1, (0.4, 0.7))
@@ -199,8 +182,9 @@ def test_a_layer_and_its_gradients(leading):
 
 def test_auto_chooses_by_dtype():
     assert BACKENDS["cpu"] is cpu
+    pattern = problem((8, 8), 1)[1]
     for dtype, module in ((torch.float32, cpu), (torch.bfloat16, cpu), (torch.float64, reference)):
-        assert implementation("auto", torch.zeros(1, dtype=dtype)) is module
+        assert implementation("auto", "forward", torch.zeros(1, 8, dtype=dtype), pattern) is module
 
 
 def test_what_it_cannot_multiply_is_an_error():

@@ -149,7 +149,7 @@ def test_without_the_kernels_the_reference_is_used_and_said_so_once(monkeypatch)
     messages = []
     monkeypatch.setattr(ops.logger, "warning_once", messages.append)
     for dtype, warnings in ((torch.float64, 0), (torch.float32, 1)):
-        assert ops.implementation("auto", torch.zeros(2, dtype=dtype)) is ops.reference
+        assert ops.implementation("auto", "forward", torch.zeros(2, dtype=dtype), None) is ops.reference
         assert len(messages) == warnings
     assert "no module '_native'" in messages[0] and "compiler" in messages[0]
     with pytest.raises(ValueError, match="backend='cpu'.*reference"):

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "dense.h"
 #include "few_tokens.h"
 #include "isa.h"
 #include "products.h"
@@ -67,4 +68,6 @@ NB_MODULE(_native, m) {
         [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
            Array gradient) { grad_values(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
         released);
+    m.def("expand", &expand, released);
+    m.def("gather", &gather, released);
 }

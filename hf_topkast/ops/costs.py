@@ -1,0 +1,53 @@
+"""
+Which of two ways is faster on a CPU: the sparse kernels, or dense products through an expanded α.
+
+The model is a table of crossover densities, by product, arithmetic and number of tokens, measured with
+`python -m benchmarks.crossover` on a 2-core AVX-512 Xeon with AMX (2 threads, torch 2.13.0, 2026-11-22; the smaller of
+the crossovers at 768 × 768 and 2048 × 2048, evened out where neighbours differed by the noise of the measurement). It
+is fixed: nothing is timed at run time, so that results never vary.
+"""
+
+from bisect import bisect_right
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+
+
+# Whether this CPU multiplies tiles of bf16, which makes dense bf16 products 5–10 times as fast as those of fp32.
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+# From so many tokens on …
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
+# … the sparse kernels are the faster way up to these densities, of A or, for grad_values, of B.
+CROSSOVERS: dict[tuple[str, bool], tuple[float, ...]] = {
+    ("forward", False): (1, 0.6, 1, 0.4, 0.35, 0.3, 0.5, 0.5, 0.6),
+    ("grad_input", False): (0.1, 0.6, 0.6, 0.18, 0.18, 0.2, 0.38, 0.48, 0.6),
+    ("grad_values", False): (1, 1, 1, 0.3, 0.33, 0.44, 0.52, 0.55, 0.66),
+    ("forward", True): (1, 1, 0.38, 0.24, 0.06, 0.03, 0.03, 0.05, 0.03),
+    ("grad_input", True): (0.27, 0.37, 0.09, 0.06, 0.02, 0.02, 0.02, 0.04, 0.04),
+    ("grad_values", True): (1, 1, 1, 0.19, 0.1, 0.1, 0.1, 0.13, 0.2),
+}
+# How much higher the crossovers lie where blocks let outputs share the loads of their inputs (25–50% less time).
+BLOCK_GAIN = 1.3
+
+
+def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
+    """
+    Whether the sparse kernels are faster than dense products with an expanded α.
+
+    Args:
+        product (`str`): `"forward"`, `"grad_input"` or `"grad_values"`.
+        x (`torch.Tensor`): the dense operand, (..., features), float32 or bfloat16.
+        pattern ([`Pattern`]): of the sparse one.
+    """
+    tokens = x.numel() // max(1, x.shape[-1])
+    limit = CROSSOVERS[product, AMX and x.dtype == torch.bfloat16][max(0, bisect_right(TOKENS, tokens) - 1)]
+    if limit >= 1:
+        return True
+    side = pattern.block_size[1 if product == "grad_input" else 0]
+    if side % 4 == 0:
+        limit *= BLOCK_GAIN
+    count = pattern.stored if product == "grad_values" else pattern.active
+    return count <= limit * pattern.numel
