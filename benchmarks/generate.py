@@ -54,7 +54,7 @@ def main():
                 "sparse / dense": median_ratio(seconds["dense"], seconds["sparse"]),
             }
         )
-    report(rows, args.json)
+    report(rows, args, ["sparse / dense"])
 
 
 if __name__ == "__main__":

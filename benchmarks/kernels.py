@@ -22,7 +22,7 @@ from hf_topkast.ops import BACKENDS, implementation
 from hf_topkast.pattern import Pattern
 from hf_topkast.selection import block_norms, set_size, spread_blocks, top_mask
 
-from .measure import interleaved, machine, make_parser, median_ratio
+from .measure import interleaved, machine, make_parser, median_ratio, plot_bars
 
 
 PASSES = ("forward", "grad_input", "grad_values")
@@ -157,6 +157,16 @@ def main():
                     print("|", " | ".join([shape, str(tokens), f"{density:g}", peer, *cells]), "|", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.plot:
+        names = list(dict.fromkeys(name_of(row) for row in result["rows"]))
+        peers = {peer: [row for row in result["rows"] if row["peer"] == peer] for peer in arguments.peers}
+        series = {peer: [row["together"]["ratio"] for row in rows] for peer, rows in peers.items()}
+        plot_bars(names, series, arguments.plot)
+
+
+def name_of(row: dict) -> str:
+    """A row's problem, for the plot."""
+    return f"{row['shape'][0]}×{row['shape'][1]}, {row['tokens']} tokens, {row['density']:g}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_topkast
@@ -91,20 +92,46 @@ def cpu_name() -> str:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A command line with `--json` and `--threads`."""
+    """A command line with `--json`, `--plot` and `--threads`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the measurement to this file")
+    parser.add_argument("--plot", type=Path, help="draw it into this image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
 
 
-def report(rows: list[dict], path: Path | None):
-    """Prints rows of equal keys as a Markdown table below the machine, and writes both as JSON if asked."""
+def report(rows: list[dict], arguments: argparse.Namespace, bars: list[str]):
+    """
+    Prints rows of equal keys as a Markdown table below the machine; writes both as JSON, and a plot, if asked.
+
+    Args:
+        rows (`list[dict]`): a measurement each; the first two values are its name in the plot.
+        arguments (`argparse.Namespace`): of a parser made by [`make_parser`].
+        bars (`list[str]`): the keys to draw, ratios of dense to sparse.
+    """
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + " --- |" * len(rows[0]))
     for row in rows:
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
         print("| " + " | ".join(cells) + " |")
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    if arguments.plot:
+        names = [", ".join(str(value) for value in list(row.values())[:2]) for row in rows]
+        plot_bars(names, {bar: [row[bar] for row in rows] for bar in bars}, arguments.plot)
+
+
+def plot_bars(names: list[str], series: dict[str, list[float]], path: Path):
+    """Draws groups of bars, one group a name and one colour a series, with a line at 1: as dense."""
+    figure = Figure(figsize=(max(6, 0.9 * len(names)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        axes.bar([group + place * width for group in range(len(names))], values, width, label=label)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks([group + 0.4 - width / 2 for group in range(len(names))], names, rotation=30, ha="right")
+    axes.set(title=f"{machine()['device']}, {machine()['date']}")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -68,7 +68,7 @@ def main():
                     "stated / dense": stated.trainable_state_bytes / stated.dense_state_bytes,
                 }
             )
-    report(rows, args.json)
+    report(rows, args, ["live / dense", "stated / dense"])
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ def projection_seconds(model, tokens: int, rounds: int = 5) -> float:
     return statistics.median(interleaved({"dense": products}, rounds)["dense"])
 
 
+def pair(text: str) -> tuple[float, float]:
+    """`0.2/0.4` as two densities."""
+    density, backward_density = map(float, text.split("/"))
+    return density, backward_density
+
+
 def main():
     """Prints the table."""
     parser = make_parser(__doc__)
@@ -67,6 +73,8 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--settings", nargs="+", type=pair, default=SETTINGS, help="density/backward density")
+    parser.add_argument("--block-size", nargs=2, type=int, default=[1, 1], help="rows and columns of a block")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -76,8 +84,8 @@ def main():
 
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.context))
     rows = []
-    for density, backward_density in SETTINGS:
-        settings = {"density": density, "backward_density": backward_density}
+    for density, backward_density in args.settings:
+        settings = {"density": density, "backward_density": backward_density, "block_size": args.block_size}
         dense, sparse = Step(model(), tokens), Step(sparsify(model(), **settings), tokens)
         controller = TopKastController(sparse.model, sparse.optimizer)
         seconds = interleaved({"dense": dense, "sparse": sparse}, args.rounds)
@@ -87,6 +95,7 @@ def main():
         rest = dense_step - projection_seconds(dense.model, tokens.numel())
         rows.append(
             {
+                "block": "{}×{}".format(*args.block_size),
                 "density / backward": f"{density} / {backward_density}",
                 "dense s": dense_step,
                 "sparse s": sparse_step,
@@ -96,7 +105,7 @@ def main():
                 "refresh, share of 100 steps": refresh,
             }
         )
-    report(rows, args.json)
+    report(rows, args, ["step", "forward", "backward", "optimizer"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""That every benchmark runs, on tiny sizes, and writes what it promises. What it measures is not looked at."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import generate, kernels, measure, memory, step_time
+
+
+TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
+RUNS = {
+    memory: TINY,
+    generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
+    step_time: [*TINY, "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
+    kernels: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--rounds", "1", "--block-size", "4", "1"],
+}
+
+
+@pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_runs_and_writes(module, tmp_path, monkeypatch, capsys):
+    written = {option: tmp_path / name for option, name in (("--json", "out.json"), ("--plot", "out.png"))}
+    options = [str(part) for item in written.items() for part in item]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *RUNS[module], "--threads", "1", *options])
+    module.main()
+    result = json.loads(written["--json"].read_text())
+    assert result["machine"]["torch"] and result["rows"]
+    assert written["--plot"].read_bytes().startswith(b"\x89PNG")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(result["rows"])
+
+
+def test_interleaved_pairs():
+    order = []
+    seconds = measure.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3)
+    assert order == ["a", "b"] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert measure.median_ratio([2, 4, 30], [1, 1, 10]) == 3
+
+
+def test_crossover_lies_where_the_ratios_pass_one():
+    crossover = pytest.importorskip("benchmarks.crossover", exc_type=ImportError)
+    grid = crossover.DENSITIES
+    assert crossover.crossover([2.0] * len(grid)) == 1
+    assert crossover.crossover([0.9] * len(grid)) == 0
+    assert crossover.crossover([1.5, 1.5, 0.5, *[0.1] * (len(grid) - 3)]) == pytest.approx((grid[1] + grid[2]) / 2)
