@@ -11,9 +11,9 @@ from torch import Tensor
 from ..pattern import Pattern
 
 
-# Rows of the dense gradient that exist at once, as a share of the layer. An eighth costs no time against a whole
+# Rows of the dense gradient that exist at once, as a share of the layer. A quarter costs little time against a whole
 # product on the shapes of a transformer block, and the floor keeps small layers in one or two products.
-GRADIENT_CHUNK = 1 / 8
+GRADIENT_CHUNK = 1 / 4
 MIN_CHUNK_ELEMENTS = 2**16
 
 
