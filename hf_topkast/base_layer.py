@@ -91,8 +91,11 @@ class TopKastLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """α, dense, in the stock layout: a copy, so writing to it changes nothing."""
-        return self.to_stock(expand_active(self.values.detach(), self.pattern))
+        """
+        α, dense, in the stock layout: a copy, so writing to it changes nothing. Its gradient reaches the values of B
+        as that of the product does, for models that multiply by it themselves.
+        """
+        return self.to_stock(_Alpha.apply(self.values, self.pattern))
 
     @property
     def active_mask(self) -> Tensor:
@@ -245,3 +248,17 @@ class TopKastLayer(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class _Alpha(torch.autograd.Function):
+    """α, (out, in), whose gradient goes straight through to all of B (the paper's §2.2)."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, pattern: Pattern) -> Tensor:
+        ctx.pattern = pattern
+        alpha = expand_active(values, pattern)
+        return torch.ops.aten._unsafe_view(alpha, alpha.shape)  # no view of a local tensor: may be changed in place
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.flatten()[ctx.pattern.flat_index()], None

@@ -88,5 +88,26 @@ def _fill(dense: nn.Module, layer: TopKastLayer, weight: Tensor) -> nn.Module:
     return dense.train(layer.training)
 
 
-# Exact types: a subclass (quantised, LoRA, ...) computes something else with its weight.
 SPARSE_TYPES: dict[type[nn.Module], type[TopKastLayer]] = {nn.Linear: TopKastLinear, Conv1D: TopKastConv1D}
+
+
+def sparse_type(module: nn.Module) -> type[TopKastLayer] | None:
+    """The sparse layer that can take the place of a module, or `None` if the module is no plain projection."""
+    exact = SPARSE_TYPES.get(type(module))
+    if exact is not None or isinstance(module, TopKastLayer) or not isinstance(module, nn.Linear):
+        return exact
+    return TopKastLinear if _computes_as_linear(module) else None
+
+
+def _computes_as_linear(module: nn.Linear) -> bool:
+    """Whether a subclass does the same as `nn.Linear`; quantised and LoRA layers, and routers, do something else."""
+    names = {name for name, _ in [*module.named_parameters(), *module.named_buffers(), *module.named_children()]}
+    if names - {"weight", "bias"}:
+        return False
+    if module.weight.is_meta:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, module.in_features, generator=generator).to(module.weight)
+    with torch.no_grad():
+        output, expected = type(module).forward(module, x), nn.functional.linear(x, module.weight, module.bias)
+    return torch.is_tensor(output) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)

@@ -26,7 +26,7 @@ from .checkpoint import (
     write_state,
 )
 from .config import QUANT_METHOD, TopKastConfig
-from .layers import SPARSE_TYPES
+from .layers import sparse_type
 from .surgery import (
     SparseInfo,
     make_sparse,
@@ -121,7 +121,7 @@ def _locate(model: nn.Module, name: str) -> str:
     prefix = getattr(model, "base_model_prefix", "")
     modules = dict(model.named_modules())
     for place in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if type(modules.get(place)) in SPARSE_TYPES:
+        if place in modules and sparse_type(modules[place]) is not None:
             return place
     found = modules.get(name)
     raise CheckpointError(

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .base_layer import TopKastLayer
 from .config import TopKastConfig
-from .layers import SPARSE_TYPES
+from .layers import sparse_type
 from .methods import choose_sets, get_method
 from .ops import select_backend
 from .selection import check_finite
@@ -143,12 +143,12 @@ def sparse_info(model: nn.Module) -> SparseInfo:
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
     settings = config.backend, config.reservoir_device, tuple(config.block_size)
-    return SPARSE_TYPES[type(dense)](dense, active, backward, *settings)
+    return sparse_type(dense)(dense, active, backward, *settings)
 
 
 def weight_rows(dense: nn.Module) -> Tensor:
     """The weight of a convertible layer as (out, in), whatever its stock layout; detached."""
-    return SPARSE_TYPES[type(dense)].to_rows(dense.weight.detach())
+    return sparse_type(dense).to_rows(dense.weight.detach())
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):

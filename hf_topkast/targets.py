@@ -3,10 +3,11 @@
 import re
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from .config import TopKastConfig
-from .layers import SPARSE_TYPES
+from .layers import SPARSE_TYPES, sparse_type
 
 
 # Routers of mixture-of-experts blocks: tiny, and a pruned one would cut experts off.
@@ -20,7 +21,7 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
     Raises:
         ValueError: as [`sparsify`] says.
     """
-    if type(model) in SPARSE_TYPES:
+    if sparse_type(model) is not None:
         raise ValueError(
             f"The model is a single {type(model).__name__}, which cannot be replaced in place: put it into a module, "
             "such as nn.Sequential(layer), and sparsify that."
@@ -29,6 +30,7 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
     for field in ("target_modules", "exclude_modules"):
         _check_every_entry_matches(model, field, getattr(config, field))
     if rule is None or rule == "all-linear":
+        _check_nothing_stacked(model, excluded)
         chosen = _projections(model, shared, blocks_only=rule is None)
     else:
         chosen = {name: module for name, module in model.named_modules() if name and _names(rule, name, module)}
@@ -43,24 +45,50 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
 def _projections(model: nn.Module, shared: set[int], blocks_only: bool) -> dict[str, nn.Module]:
     """Every convertible layer but the head, routers and tied weights; all of them or those inside the blocks."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    blocks = _block_modules(model)
     return {
         name: module
         for name, module in _convertible(model).items()
         if module is not head
         and id(module.weight) not in shared
         and not ROUTER_NAME.search(name.rpartition(".")[2])
-        and (not blocks_only or _inside_blocks(model, name))
+        and (not blocks_only or name in blocks)
     }
 
 
 def _convertible(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if type(module) in SPARSE_TYPES}
+    return {name: module for name, module in model.named_modules() if sparse_type(module) is not None}
 
 
-def _inside_blocks(model: nn.Module, name: str) -> bool:
-    """Whether a module lies in a stack of repeated blocks: under an entry of an `nn.ModuleList`."""
-    path = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList) for depth in range(len(path)))
+def _block_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What lies in stacks of repeated blocks, under an `nn.ModuleList`, except in towers for images or sound."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    towers = [module for module in model.modules() if module is not model and not _reads_text(module)]
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    inside -= {id(module) for tower in towers for module in tower.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in inside}
+
+
+def _reads_text(module: nn.Module) -> bool:
+    return not isinstance(module, PreTrainedModel) or "text" in getattr(module, "input_modalities", "text")
+
+
+def _check_nothing_stacked(model: nn.Module, excluded: list[str] | str | None):
+    """Experts as one 3-D parameter hold most of a model's weights: they must not stay dense unnoticed."""
+    stacked = {
+        name: f"'{name}.{key}' {tuple(parameter.shape)}"
+        for name, module in _block_modules(model).items()
+        if not isinstance(module, _ConvNd) and not _matches(name, excluded)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape[1:]) > 1
+    }
+    if stacked:
+        leaves = sorted({name.rpartition(".")[2] for name in stacked})
+        raise ValueError(
+            f"{type(model).__name__} has {next(iter(stacked.values()))}: several matrices in one parameter, as "
+            f"mixture-of-experts models hold their experts. They cannot be made sparse; only {_supported()} can. To "
+            f"keep them dense and make the other projections sparse say exclude_modules={leaves}."
+        )
 
 
 def _tied_weights(model: nn.Module) -> set[int]:
@@ -101,17 +129,20 @@ def _check_every_entry_matches(model: nn.Module, field: str, rule: list[str] | s
 
 
 def _check_supported(name: str, module: nn.Module, shared: set[int]):
-    if type(module) not in SPARSE_TYPES:
-        supported = " and ".join(kind.__name__ for kind in SPARSE_TYPES)
+    if sparse_type(module) is None:
         raise ValueError(
-            f"target_modules names '{name}', a {type(module).__name__}, which cannot be made sparse: only {supported} "
-            "can. Name those layers, or use exclude_modules."
+            f"target_modules names '{name}', a {type(module).__name__}, which cannot be made sparse: only "
+            f"{_supported()} can. Name those layers, or use exclude_modules."
         )
     if id(module.weight) in shared:
         raise ValueError(
             f"target_modules names '{name}', but its weight is tied to another module's and must stay dense. "
             "Add it to exclude_modules, or untie the weights first (tie_word_embeddings=False)."
         )
+
+
+def _supported() -> str:
+    return " and ".join(kind.__name__ for kind in SPARSE_TYPES)
 
 
 def _candidates(model: nn.Module) -> str:

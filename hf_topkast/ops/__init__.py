@@ -98,7 +98,9 @@ def _linear(
     backend: str,
 ) -> Tensor:
     pattern = Pattern(row_offsets, columns, (_out_features(row_offsets, block_size), x.shape[-1]), tuple(block_size))
-    return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
+    y = implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
+    # Not as a view of a local tensor: autograd would refuse `y.add_(...)`, which models may do.
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 @_linear.register_fake
