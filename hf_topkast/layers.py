@@ -109,5 +109,9 @@ def _computes_as_linear(module: nn.Linear) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, module.in_features, generator=generator).to(module.weight)
     with torch.no_grad():
-        output, expected = type(module).forward(module, x), nn.functional.linear(x, module.weight, module.bias)
+        expected = nn.functional.linear(x, module.weight, module.bias)
+        try:
+            output = type(module).forward(module, x)
+        except Exception:  # a class we do not know may raise anything where it is no projection
+            return False
     return torch.is_tensor(output) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)

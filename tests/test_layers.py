@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
 from hf_topkast.methods.topkast import choose
+from hf_topkast.ops import BACKENDS
 
 
 def make_linear(bias=True):
@@ -232,3 +233,21 @@ class TestReservoirDevice:
 def test_initialising_anew_is_refused(dense):
     with pytest.raises(RuntimeError, match="initialise the dense model"):
         make_sparse(dense).reset_parameters()
+
+
+def test_weight_passes_the_gradient_of_all_of_b(dense):
+    layer, x = make_sparse(dense), torch.randn(4, 10)
+    (layer(x) ** 2).sum().backward()
+    expected, layer.values.grad = layer.values.grad, None
+    (nn.functional.linear(x, layer.to_rows(layer.weight), layer.bias) ** 2).sum().backward()
+    torch.testing.assert_close(layer.values.grad, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 10), (2, 5, 10)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_may_be_changed_in_place(dense, shape, backend):
+    layer, x = make_sparse(dense, backend=backend), torch.randn(shape)
+    layer(x).mul_(2).sum().backward()
+    expected, layer.values.grad = layer.values.grad, None
+    (2 * layer(x)).sum().backward()
+    torch.testing.assert_close(layer.values.grad, expected)

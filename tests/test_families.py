@@ -1,0 +1,160 @@
+"""Every causal language model of transformers, from sparsify to densify; docs/families.md lists the outcome."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import FAMILIES, VOCABULARY, make_family
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hf_topkast import TopKastController, densify, sparsify
+from hf_topkast.surgery import sparse_layers
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+TOKENS = torch.randint(2, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+def section(title: str) -> str:
+    """The text under a heading of the page."""
+    return PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def table(title: str) -> dict[str, list[str]]:
+    """The table under a heading: the names in the second column by those in the first."""
+    rows = [line.split("|")[1:3] for line in section(title).splitlines() if line.startswith("| `")]
+    return {
+        name: re.findall(r"`([^`]+)`", second) for first, second in rows for name in re.findall(r"`([^`]+)`", first)
+    }
+
+
+WORK = re.findall(r"`([^`]+)`", section("As they are"))
+STACKED = table("With some weights kept dense")
+NOT_TRIED = table("Not tried")
+
+
+def test_the_page_lists_every_family_once():
+    assert sorted([*WORK, *STACKED, *NOT_TRIED]) == FAMILIES
+    assert f"{len(WORK) + len(STACKED)} of {len(FAMILIES)}" in PAGE
+
+
+def logits_of(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    return model(input_ids=tokens).logits
+
+
+def loss_of(model: PreTrainedModel) -> torch.Tensor:
+    return functional.cross_entropy(logits_of(model)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+
+
+def check_gradients(model: PreTrainedModel):
+    """Every value's gradient is that of its place in the dense model with the same α."""
+    model.zero_grad()
+    dense = densify(copy.deepcopy(model))
+    loss_of(model).backward()
+    loss_of(dense).backward()
+    for name, layer in sparse_layers(model):
+        expected = dense.get_submodule(name).weight.grad
+        if expected is None:  # for example cross-attention, without an encoder
+            assert layer.values.grad is None, name
+        else:
+            expected = layer.to_rows(expected).flatten()[layer.pattern.flat_index()]
+            torch.testing.assert_close(layer.values.grad, expected, rtol=1e-3, atol=1e-5, msg=name)
+    model.zero_grad()
+
+
+def train(model: PreTrainedModel):
+    """Three steps with a refresh after the second."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = TopKastController(model, optimizer)
+    for _ in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    controller.remove()
+    assert controller.mask_churn is not None
+
+
+def check_same_layers(model: PreTrainedModel, loaded: PreTrainedModel):
+    layers, others = dict(sparse_layers(model)), dict(sparse_layers(loaded))
+    assert layers.keys() == others.keys()
+    for name, layer in layers.items():
+        other = others[name]
+        for one, two in (
+            (layer.values, other.values),
+            (layer.theta(), other.theta()),
+            (layer.active_mask, other.active_mask),
+            (layer.backward_mask, other.backward_mask),
+        ):
+            assert torch.equal(one, two), name
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """Where the families are saved, for the reader without our import."""
+    return tmp_path_factory.mktemp("families")
+
+
+@pytest.mark.parametrize("family", [*WORK, *STACKED])
+def test_family(family, shelf):
+    model = make_family(family)
+    dense_types = {name: type(module) for name, module in model.named_modules()}
+    settings = {"density": 0.3, "refresh_every": 2, "exclude_modules": STACKED.get(family)}
+    if family in STACKED:
+        with pytest.raises(ValueError, match=re.escape(f"exclude_modules={STACKED[family]}")):
+            sparsify(model, density=0.3)
+    sparsify(model, **settings).train()
+    check_gradients(model)
+    train(model)
+
+    model.eval()
+    logits = logits_of(model)
+    generated = model.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=1)
+    model.save_pretrained(shelf / family)
+    torch.save(logits.detach(), shelf / family / "logits.pt")
+    loaded = type(model).from_pretrained(shelf / family)
+    check_same_layers(model, loaded)
+    assert torch.equal(logits_of(loaded), logits)
+    assert torch.equal(loaded.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=1), generated)
+
+    densify(model)
+    torch.testing.assert_close(logits_of(model), logits, rtol=1e-4, atol=1e-5)
+    for name, module in model.named_modules():
+        assert isinstance(module, torch.nn.Linear) or type(module) is dense_types[name], name
+
+
+STOCK_READER = """
+import json, sys, warnings
+from pathlib import Path
+import torch, transformers
+transformers.logging.set_verbosity_error()
+shelf, tokens, answer = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2])), {}
+for place in shelf.iterdir():
+    kind = json.loads((place / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind).from_pretrained(place)
+    difference = (model(input_ids=tokens).logits - torch.load(place / "logits.pt")).abs().max()
+    answer[place.name] = float(difference)
+assert "hf_topkast" not in sys.modules
+print(json.dumps(answer))
+"""
+
+
+def test_stock_transformers_reads_every_family(shelf):
+    """Without our import the saved directories give dense models that compute the same."""
+    saved = [place.name for place in shelf.iterdir()]
+    if not saved:
+        pytest.skip("reads what test_family has saved")
+    answer = subprocess.run(
+        [sys.executable, "-c", STOCK_READER, str(shelf), json.dumps(TOKENS.tolist())],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    differences = json.loads(answer.stdout.splitlines()[-1])
+    assert differences.keys() == set(saved)
+    assert not {family: value for family, value in differences.items() if not value < 1e-4}
