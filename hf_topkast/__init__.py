@@ -1,10 +1,10 @@
 """hf_topkast: truly sparse Top-KAST training for Hugging Face Transformers."""
 
-from . import loading  # noqa: F401  (makes from_pretrained and save_pretrained know sparse layers)
-from .checkpoint import CheckpointError
 from .config import TopKastConfig
 from .controller import TopKastController
+from .loading import export_sparse  # (makes from_pretrained and save_pretrained know sparse layers, too)
 from .report import sparsity_report
+from .state_file import CheckpointError
 from .surgery import densify, sparsify
 from .trainer import TopKastCallback, TopKastTrainer, TopKastTrainerMixin
 
@@ -19,6 +19,7 @@ __all__ = [
     "TopKastTrainer",
     "TopKastTrainerMixin",
     "densify",
+    "export_sparse",
     "sparsify",
     "sparsity_report",
 ]

@@ -1,63 +1,23 @@
-"""Files on disk: α under the stock names for every reader, and beside it what only training needs."""
+"""What goes into the files of a checkpoint and comes out of them: α under the stock names, and the state beside it."""
 
-import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .base_layer import STRUCTURE, TRACKING, TopKastLayer
-from .config import TopKastConfig
 from .ops.reference import expand_active
-from .pattern import Pattern, pack_bits, unpack_bits
+from .pattern import Pattern, pack_bits
 from .reservoir import assemble_theta
+from .state_file import STATE_NAME, CheckpointError, SparseState, digest, read_state
 from .surgery import sparse_info, sparse_layers
 
 
-STATE_NAME = "topkast_state.safetensors"
-FORMAT_VERSION = 1
 LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING)
-
-
-class CheckpointError(ValueError):
-    """A sparse checkpoint that cannot be loaded exactly: missing, damaged, or of another model or version."""
-
-
-@dataclass
-class SparseState:
-    """
-    What `topkast_state.safetensors` holds.
-
-    Attributes:
-        tensors (`dict[str, torch.Tensor]`): per layer name, `.active` and `.backward` (both sets as packed bits),
-            `.rest` (θ outside A, by ascending flat index of the (out, in) weight), `.unvisited` and
-            `.initial_reservoir_size`.
-        config ([`TopKastConfig`]): the configuration of the run.
-        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
-        digests (`dict[str, str]`): of each layer's weights on A, which `model.safetensors` holds.
-        step (`int`): optimizer steps taken.
-    """
-
-    tensors: dict[str, Tensor]
-    config: TopKastConfig
-    shapes: dict[str, tuple[int, int]]
-    digests: dict[str, str]
-    step: int
-
-    def masks(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of a layer as bool masks of shape (out, in)."""
-        out_features, in_features = self.shapes[name]
-        active, backward = (
-            unpack_bits(self.tensors[f"{name}.{key}"], out_features * in_features).view(out_features, in_features)
-            for key in ("active", "backward")
-        )
-        return active, backward
 
 
 def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], SparseState]:
@@ -84,62 +44,9 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
         tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
         tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
         tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
-        shapes[name], digests[name] = pattern.shape, _digest({"weight": alpha[active]})
+        shapes[name], digests[name] = pattern.shape, digest({"weight": alpha[active]})
     info = sparse_info(model)
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
-
-
-def write_state(state: SparseState, directory: str | os.PathLike):
-    """Writes `topkast_state.safetensors` into a directory."""
-    metadata = {
-        "format": "pt",
-        "format_version": str(FORMAT_VERSION),
-        "config": json.dumps(state.config.to_dict()),
-        "shapes": json.dumps(state.shapes),
-        "digests": json.dumps(state.digests),
-        "step": str(state.step),
-    }
-    metadata["digest"] = _digest(state.tensors, metadata)
-    save_file({key: tensor.contiguous() for key, tensor in state.tensors.items()}, _path(directory), metadata)
-
-
-def read_state(directory: str | os.PathLike) -> SparseState:
-    """
-    Reads and checks `topkast_state.safetensors`.
-
-    Raises:
-        CheckpointError: if it is missing, truncated or changed, or written by another version of the format.
-    """
-    path = _path(directory)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing: without it the sets A and B and the weights outside A are lost, so training cannot "
-            "be resumed from this checkpoint. Resume from another one; to fine-tune from its active weights instead, "
-            "load it with from_pretrained."
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("format_version")
-            if version != str(FORMAT_VERSION):
-                raise CheckpointError(
-                    f"{path} has format version {version!r}, and this version of hf_topkast reads {FORMAT_VERSION}. "
-                    "Install the version that wrote it."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
-    if metadata.get("digest") != _digest(tensors, metadata):
-        raise CheckpointError(
-            f"{path} is damaged: its content does not match the digest it was written with. Use another checkpoint."
-        )
-    return SparseState(
-        tensors=tensors,
-        config=TopKastConfig.from_dict(json.loads(metadata["config"])),
-        shapes={name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()},
-        digests=json.loads(metadata["digests"]),
-        step=int(metadata["step"]),
-    )
 
 
 def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
@@ -165,7 +72,7 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
     active = state.masks(name)[0].to(alpha.device)
     rest = state.tensors[f"{name}.rest"]
     same_dtype = alpha.dtype == rest.dtype  # from_pretrained(dtype=...) has rounded them otherwise
-    if bool(alpha[~active].any()) or (same_dtype and _digest({"weight": alpha[active]}) != state.digests[name]):
+    if bool(alpha[~active].any()) or (same_dtype and digest({"weight": alpha[active]}) != state.digests[name]):
         raise CheckpointError(
             f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
             "written with. Keep the two files of one checkpoint together."
@@ -191,13 +98,18 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
     if not Path(directory).is_dir():
         raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
     state = read_state(directory)
+    if state.compact:
+        raise CheckpointError(
+            f"{directory} is a compact export, without the weights outside A: load it with from_pretrained, and start "
+            "a new training from it."
+        )
     layers = dict(sparse_layers(model))
     if set(layers) != set(state.shapes):
         odd = sorted(set(layers) ^ set(state.shapes))[0]
         place = "the model" if odd in layers else "the checkpoint"
         raise CheckpointError(
-            f"{_path(directory)} belongs to another model: layer '{odd}' is sparse only in {place}. Sparsify the "
-            "model with the target_modules of the checkpoint, or load it with from_pretrained."
+            f"{Path(directory) / STATE_NAME} belongs to another model: layer '{odd}' is sparse only in {place}. "
+            "Sparsify the model with the target_modules of the checkpoint, or load it with from_pretrained."
         )
     weights = _read_weights(Path(directory))
     _check_weights(model, weights, directory)
@@ -255,19 +167,3 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{directory / name} is missing or damaged ({error}).") from error
     return weights
-
-
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    metadata = metadata or {}
-    for key in sorted(metadata.keys() - {"digest"}):
-        digest.update(f"{key}={metadata[key]};".encode())
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _path(directory: str | os.PathLike) -> Path:
-    return Path(directory) / STATE_NAME

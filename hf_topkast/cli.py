@@ -1,10 +1,11 @@
-"""The command line: `hf-topkast inspect | densify | plot`."""
+"""The command line: `hf-topkast inspect | densify | export | plot`."""
 
 import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from .loading import export_sparse
 from .plots import plot_metric
 from .report import sparsity_report
 from .surgery import densify
@@ -28,6 +29,11 @@ def main(argv: list[str] | None = None):
     command.add_argument("checkpoint", help="a directory written by save_pretrained, or a hub name")
     command.add_argument("output", help="the directory to write")
     command.set_defaults(run=lambda args: densify(_load(args.checkpoint)).save_pretrained(args.output))
+
+    command = commands.add_parser("export", help="write a checkpoint in the compact form")
+    command.add_argument("checkpoint", help="a directory written by save_pretrained, or a hub name")
+    command.add_argument("output", help="the directory to write")
+    command.set_defaults(run=lambda args: export_sparse(_load(args.checkpoint), args.output))
 
     command = commands.add_parser("plot", help="draw a logged metric of one or more runs")
     command.add_argument("runs", nargs="+", help="output directories of Trainer")

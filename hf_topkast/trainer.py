@@ -11,9 +11,10 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .checkpoint import STATE_NAME, CheckpointError, SparseState, load_checkpoint
+from .checkpoint import load_checkpoint
 from .controller import TopKastController
 from .optimizers import exclude_from_weight_decay, unwrap_optimizer
+from .state_file import STATE_NAME, CheckpointError, SparseState
 from .surgery import sparse_info, sparse_layers
 
 
