@@ -135,6 +135,8 @@ def _problems(state: SparseState) -> Iterator[str]:
     """What keeps a state from being loaded exactly as it is; nothing for one that [`write_state`] has written."""
     if state.step < 0:
         yield f"it is of step {state.step}"
+    if set(state.digests) != (set() if state.compact else set(state.shapes)):
+        yield "its digests are not those of its layers"
     kinds = COMPACT_TENSORS if state.compact else TRAINING_TENSORS
     if set(state.tensors) != {f"{name}.{kind}" for name in state.shapes for kind in kinds}:
         yield "its tensors are not those of its layers"

@@ -31,6 +31,15 @@ def test_densify(saved):
     torch.testing.assert_close(dense(tokens).logits, model(tokens).logits)
 
 
+def test_export(saved):
+    model, folder = saved
+    main(["export", str(folder / "sparse"), str(folder / "small")])
+    small = AutoModelForCausalLM.from_pretrained(folder / "small")
+    tokens = token_batches(1)[0]
+    assert torch.equal(small(tokens).logits, model(tokens).logits)
+    assert (folder / "small" / "model.safetensors").stat().st_size < 20_000
+
+
 def test_plot(tmp_path):
     history = [{"step": 1, "topkast/mask_churn": 0.3}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_checkpoint import equal, trained
-from toy_models import make_gpt2, token_batches
+from toy_models import make_gpt2, make_llama, token_batches
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_topkast import CheckpointError, TopKastConfig, TopKastController, densify, sparsify
-from hf_topkast.checkpoint import STATE_NAME
+from hf_topkast import CheckpointError, TopKastConfig, TopKastController, densify, export_sparse, sparsify
+from hf_topkast.checkpoint import load_checkpoint
+from hf_topkast.state_file import STATE_NAME
 from hf_topkast.surgery import sparse_info, sparse_layers
 
 
@@ -142,3 +143,124 @@ def test_base_model_and_causal_lm_read_each_other(make_model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert equal(again.base_model, model.base_model)
     assert torch.equal(base(tokens).last_hidden_state, again.base_model(tokens).last_hidden_state)
+
+
+def test_sharded(tmp_path):
+    model = trained(make_llama)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert equal(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(tmp_path, device_map):
+    model = trained(make_gpt2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+    if not torch.cuda.is_available():
+        assert equal(model, loaded)
+    TopKastController(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1))
+
+
+def test_offloading_to_disk_is_refused(tmp_path):
+    trained(make_llama).save_pretrained(tmp_path / "sparse")
+    device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with pytest.raises(ValueError, match=r"'model\.layers\.1.*on disk.*without device_map"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "sparse", device_map=device_map, offload_folder=str(tmp_path / "off")
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "auto", "bfloat16"])
+def test_dtype_in_every_spelling(tmp_path, dtype):
+    model = trained(make_llama)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    wanted = {"auto": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, dtype)
+    assert equal(copy.deepcopy(model).to(wanted), loaded)
+
+
+def test_settings_of_the_user_do_not_change_what_was_saved(tmp_path):
+    model = trained(make_gpt2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TopKastConfig(density=0.5))
+    assert equal(model, loaded) and sparse_info(loaded).config == sparse_info(model).config
+
+
+def header_bytes(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_export_is_exact_and_as_small_as_predicted(make_model, tmp_path):
+    model, tokens = trained(make_model), token_batches(1)[0]
+    export_sparse(model, tmp_path)
+    layers = [layer for _, layer in sparse_layers(model)]
+    predicted = sum(4 * layer.active_count + -(-layer.numel // 8) for layer in layers)
+    state = tmp_path / STATE_NAME
+    assert state.stat().st_size - header_bytes(state) == predicted
+    assert predicted == pytest.approx(sum(layer.numel * (0.2 * 4 + 1 / 8) for layer in layers), rel=1e-2)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(weights[f"{name}.weight"].numel() == 0 for name, _ in sparse_layers(model))
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    for (name, layer), (other_name, other) in zip(sparse_layers(model), sparse_layers(loaded)):
+        assert name == other_name and type(layer) is type(other)
+        assert torch.equal(layer.active_mask, other.active_mask)
+        assert torch.equal(other.active_mask, other.backward_mask)
+        assert torch.equal(layer.weight, other.dense_weight())
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_an_export_can_be_trained_saved_and_densified(make_model, tmp_path):
+    export_sparse(trained(make_model), tmp_path / "export")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").train()
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    TopKastController(loaded, optimizer)
+    for tokens in token_batches(2):
+        loaded(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(layer.backward_density == pytest.approx(0.4, abs=0.01) for _, layer in sparse_layers(loaded))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert equal(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    densify(loaded.eval())
+
+
+def test_export_in_another_dtype_sharded_and_of_the_base_model(tmp_path):
+    model, tokens = trained(make_llama), token_batches(1)[0]
+    export_sparse(model, tmp_path / "all", max_shard_size="6KB")
+    assert len(list((tmp_path / "all").glob("model-*.safetensors"))) > 1
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "all", dtype=torch.bfloat16, device_map="cpu")
+    expected = densify(copy.deepcopy(model)).to(torch.bfloat16).state_dict()
+    found = densify(half).state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    base = AutoModel.from_pretrained(tmp_path / "all")
+    assert torch.equal(base(tokens).last_hidden_state, model.base_model(tokens).last_hidden_state)
+
+
+def test_an_export_is_no_checkpoint_to_resume_from(tmp_path):
+    model = trained(make_gpt2)
+    export_sparse(model, tmp_path)
+    with pytest.raises(CheckpointError, match="compact export.*from_pretrained"):
+        load_checkpoint(model, tmp_path)
+
+
+def test_export_needs_a_sparse_model(tmp_path):
+    with pytest.raises(ValueError, match="no sparse layers"):
+        export_sparse(make_gpt2(), tmp_path)
+
+
+def test_stock_transformers_stops_at_an_export(tmp_path):
+    export_sparse(trained(make_gpt2), tmp_path)
+    torch.save(token_batches(1)[0], tmp_path / "tokens.pt")
+    done = subprocess.run([sys.executable, "-c", STOCK_READER, str(tmp_path), "c_fc"], capture_output=True, text=True)
+    assert done.returncode != 0 and "mismatch" in done.stderr
+
+
+def test_an_export_without_its_state_is_refused(tmp_path):
+    export_sparse(trained(make_gpt2), tmp_path)
+    (tmp_path / STATE_NAME).unlink()
+    with pytest.raises((RuntimeError, CheckpointError), match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
