@@ -49,7 +49,7 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
 
 
-def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
+def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = False) -> Tensor:
     """
     θ of one layer from α, as `model.safetensors` holds it, and the state.
 
@@ -57,6 +57,8 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
         alpha (`torch.Tensor`): (out, in).
         state ([`SparseState`]): the state saved with it.
         name (`str`): the layer.
+        exact (`bool`, *optional*, defaults to `False`): refuses α in another dtype than it was saved in, in place of
+            rounding the rest alike.
 
     Returns:
         `torch.Tensor`: (out, in), in the dtype and on the device of `alpha`.
@@ -72,7 +74,8 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str) -> Tensor:
     active = state.masks(name)[0].to(alpha.device)
     rest = state.tensors[f"{name}.rest"]
     same_dtype = alpha.dtype == rest.dtype  # from_pretrained(dtype=...) has rounded them otherwise
-    if bool(alpha[~active].any()) or (same_dtype and digest({"weight": alpha[active]}) != state.digests[name]):
+    mixed = digest({"weight": alpha[active]}) != state.digests[name] if same_dtype else exact
+    if mixed or bool(alpha[~active].any()):
         raise CheckpointError(
             f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
             "written with. Keep the two files of one checkpoint together."
@@ -114,7 +117,7 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
     weights = _read_weights(Path(directory))
     _check_weights(model, weights, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
-        restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name)
+        restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
     for name, layer in layers.items():
         restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
     model.load_state_dict(weights, strict=False)

@@ -159,7 +159,7 @@ def load_into_model(folder, alphas):
             active = state.masks(name)[0]
             assert int(active.sum()) == state.tensors[f"{name}.values"].numel()
         else:
-            restore_layer(layer, restore_theta(alphas[name], state, name), state, name)
+            restore_layer(layer, restore_theta(alphas[name], state, name, exact=True), state, name)
     if not state.compact:
         _, again = split_state_dict(model, model.state_dict())
         assert digest(again.tensors) == digest(state.tensors)
