@@ -65,6 +65,16 @@ class SparsityReport:
         extra = {"nonzero_parameters": self.nonzero_parameters, "total_parameters": self.total_parameters}
         return {**asdict(self), **extra}
 
+    def to_markdown(self) -> str:
+        """The densities as a Markdown table, for a model card."""
+        lines = ["| layer | out × in | density | backward density |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| `{row.name}` | {row.shape[0]} × {row.shape[1]} | {row.density:.4f} | {row.backward_density:.4f} |"
+            for row in self.rows
+        ]
+        lines.append(f"| all sparse layers | | {self.density:.4f} | {self.backward_density:.4f} |")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         header = f"{'layer':<44} {'shape':>13} {'weights':>12} {'density':>8} {'backward':>8} {'MiB':>9} {'dense':>9}"
         lines = [header, "-" * len(header)]

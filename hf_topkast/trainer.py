@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .checkpoint import load_checkpoint
 from .controller import TopKastController
 from .optimizers import exclude_from_weight_decay, unwrap_optimizer
+from .report import sparsity_report
 from .state_file import STATE_NAME, CheckpointError, SparseState
 from .surgery import sparse_info, sparse_layers
 
@@ -97,6 +98,18 @@ class TopKastTrainerMixin:
         if self.topkast_controller is not None and "loss" in logs:
             logs = {**logs, **self.topkast_controller.metrics()}
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        """As the base trainer's, with the densities of every layer at the end."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            report = sparsity_report(self.model)
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as file:
+                file.write(
+                    "\n## Sparsity\n\nTrained with hf_topkast (Top-KAST). The forward pass uses "
+                    f"{report.nonzero_parameters:,} of {report.total_parameters:,} parameters; what the table does not "
+                    f"name is dense.\n\n{report.to_markdown()}\n"
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not isinstance(self.model, PreTrainedModel):  # saved as its plain state dict, which is complete

@@ -362,3 +362,13 @@ def test_any_module_is_saved_as_its_state_dict(tmp_path):
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert same_weights(straight.model, resumed.model)
+
+
+def test_model_card_has_the_densities(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    for _ in range(2):  # written anew each time
+        trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Sparsity") == 1
+    assert "| `transformer.h.0.attn.c_attn` | 72 × 24 | 0.2" in card
