@@ -114,6 +114,12 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
             f"{Path(directory) / STATE_NAME} belongs to another model: layer '{odd}' is sparse only in {place}. "
             "Sparsify the model with the target_modules of the checkpoint, or load it with from_pretrained."
         )
+    for name, layer in layers.items():
+        if list(layer.block_size) != state.config.block_size:
+            raise CheckpointError(
+                f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
+                f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
+            )
     weights = _read_weights(Path(directory))
     _check_weights(model, weights, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was

@@ -16,6 +16,7 @@ from .config import TopKastConfig
 from .methods import get_method
 from .ops import select_backend
 from .pattern import pack_bits, unpack_bits
+from .selection import spread_blocks
 
 
 STATE_NAME = "topkast_state.safetensors"
@@ -147,6 +148,12 @@ def _problems(state: SparseState) -> Iterator[str]:
             return
         tensors = {kind: state.tensors[f"{name}.{kind}"] for kind in kinds}
         yield from (f"layer '{name}': {problem}" for problem in _layer_problems(tensors, shape[0] * shape[1]))
+        block_size = state.config.block_size
+        if any(size % block for size, block in zip(shape, block_size)) or not all(
+            torch.equal(mask, spread_blocks(mask[:: block_size[0], :: block_size[1]], block_size))
+            for mask in state.masks(name)
+        ):
+            yield f"layer '{name}': its sets do not consist of whole blocks of {block_size}"
 
 
 def _layer_problems(tensors: dict[str, Tensor], numel: int) -> Iterator[str]:

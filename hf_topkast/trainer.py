@@ -107,8 +107,8 @@ class TopKastTrainerMixin:
             with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as file:
                 file.write(
                     "\n## Sparsity\n\nTrained with hf_topkast (Top-KAST). The forward pass uses "
-                    f"{report.nonzero_parameters:,} of {report.total_parameters:,} parameters; what the table does not "
-                    f"name is dense.\n\n{report.to_markdown()}\n"
+                    f"{report.nonzero_parameters:,} of {report.total_parameters:,} parameters; whatever is not in the "
+                    f"table is dense.\n\n{report.to_markdown()}\n"
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

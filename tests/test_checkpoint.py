@@ -185,3 +185,10 @@ def test_other_dense_weights(directory, change, match):
     change(weights)
     save_file(weights, path, {"format": "pt"})
     check_refused(directory, match)
+
+
+def test_other_blocks(tmp_path):
+    trained(make_gpt2, block_size=(4, 2)).save_pretrained(tmp_path)
+    check_refused(tmp_path, r"blocks.*block_size of the checkpoint", sparsify(make_gpt2(seed=1), density=0.2))
+    other = sparsify(make_gpt2(seed=1), density=0.2, block_size=(4, 2))
+    load_checkpoint(other, tmp_path)

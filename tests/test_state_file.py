@@ -123,7 +123,9 @@ def drop_metadata(tensors, metadata, chance):
 def change_setting(tensors, metadata, chance):
     try:
         config = json.loads(metadata["config"])
-        config[chance.choice([*sorted(config), "novelty"])] = chance.choice((None, -1, 7, "x", [], {}, [["a"]], True))
+        config[chance.choice([*sorted(config), "novelty"])] = chance.choice(
+            (None, -1, 1, 7, "x", [], {}, [["a"]], True)
+        )
         metadata["config"] = json.dumps(config)
     except (KeyError, TypeError, ValueError):  # another forgery was there before
         return
