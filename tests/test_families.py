@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, VOCABULARY, make_family
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_topkast import TopKastController, densify, sparsify
+from hf_topkast import TopKastController, densify, export_sparse, sparsify
 from hf_topkast.surgery import sparse_layers
 
 
@@ -101,7 +101,7 @@ def shelf(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", [*WORK, *STACKED])
-def test_family(family, shelf):
+def test_family(family, shelf, tmp_path):
     model = make_family(family)
     dense_types = {name: type(module) for name, module in model.named_modules()}
     settings = {"density": 0.3, "refresh_every": 2, "exclude_modules": STACKED.get(family)}
@@ -121,6 +121,9 @@ def test_family(family, shelf):
     check_same_layers(model, loaded)
     assert torch.equal(logits_of(loaded), logits)
     assert torch.equal(loaded.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=1), generated)
+
+    export_sparse(model, tmp_path)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path)), logits)
 
     densify(model)
     torch.testing.assert_close(logits_of(model), logits, rtol=1e-4, atol=1e-5)
