@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -57,6 +58,9 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
     config = config or TopKastConfig(**settings)
+    if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
+        sparsify(model._orig_mod, config)
+        return model
     already = [name for name, _ in sparse_layers(model)]
     if already:
         raise ValueError(

@@ -1,0 +1,117 @@
+"""`torch.compile` and sparse layers: one graph for a training step, and the same one after a refresh."""
+
+import pytest
+import torch
+from test_trainer import CONFIG, make_trainer, same_weights
+from torch._dynamo.utils import counters
+from toy_models import make_gpt2, make_llama, token_batches
+
+from hf_topkast import TopKastConfig, TopKastController, densify, sparsify
+
+
+BACKEND = "aot_eager"  # traces forward and backward as inductor does, without a minute of C++ compilation
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def with_loss(model):
+    model.loss_type = "ForCausalLM"  # what transformers falls back to; it warns inside the forward otherwise
+    return model
+
+
+def train(model, forward, steps=8, autocast=False):
+    """Trains, and returns how many graphs there were after each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    controller = TopKastController(model.train(), optimizer)
+    graphs = []
+    for tokens in token_batches(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        graphs.append(compiled_graphs())
+    assert controller.mask_churn > 0
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("make_model", "variant"),
+    [(make_gpt2, "plain"), (make_llama, "plain"), (make_gpt2, "autocast"), (make_gpt2, "checkpointing")],
+)
+def test_a_training_step_is_one_graph_across_refreshes(make_model, variant):
+    models = [with_loss(sparsify(make_model(), density=0.2, refresh_every=2)) for _ in range(2)]
+    if variant == "checkpointing":
+        for model in models:
+            model.activation_checkpointing_enable()
+            model.config.use_cache = False  # transformers warns otherwise, which breaks the graph
+    compiled = torch.compile(models[0], backend=BACKEND, fullgraph=True)
+    autocast = variant == "autocast"
+    assert set(train(models[0], compiled, autocast=autocast)) == {1}
+    train(models[1], models[1], autocast=autocast)
+    assert same_weights(*models)
+
+
+def test_the_end_of_exploration_compiles_once_more():
+    model = with_loss(sparsify(make_gpt2(), density=0.2, refresh_every=2, explore_until=4))
+    compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
+    assert train(model, compiled) == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_inference_is_one_graph():
+    model = sparsify(make_gpt2(), density=0.2).eval()
+    compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
+    with torch.no_grad():
+        for tokens in token_batches(2):
+            torch.testing.assert_close(compiled(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    assert compiled_graphs() == 1
+
+
+def wrapped(model):
+    return torch.compile(model, backend=BACKEND)
+
+
+def in_place(model):
+    model.compile(backend=BACKEND)
+    return model
+
+
+@pytest.mark.parametrize("compile_model", [wrapped, in_place])
+def test_a_model_compiled_before_sparsify(compile_model):
+    config = TopKastConfig(density=0.2, refresh_every=2, target_modules=r"transformer\.h\.\d+\.mlp\.c_fc")
+    model = with_loss(make_gpt2())
+    compiled = compile_model(model)
+    compiled(input_ids=token_batches(1)[0])  # so that there is a graph of the dense model
+    assert sparsify(compiled, config) is compiled
+    expected = with_loss(sparsify(make_gpt2(), config))
+    train(model, compiled)
+    train(expected, expected)
+    assert same_weights(model, expected)
+    tokens = token_batches(1)[0]
+    logits = compiled(input_ids=tokens).logits
+    assert densify(compiled) is compiled
+    torch.testing.assert_close(compiled(input_ids=tokens).logits, logits)
+
+
+def test_trainer_flag(tmp_path):
+    def run(name, resume=None, **settings):
+        trainer = make_trainer(tmp_path / name, lambda: with_loss(make_gpt2()), CONFIG, max_steps=8, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    flag = {"torch_compile": True, "torch_compile_backend": BACKEND, "save_strategy": "steps", "save_steps": 4}
+    compiled = run("compiled", **flag)
+    assert compiled_graphs() == 1
+    assert same_weights(compiled, run("eager"))
+    assert same_weights(compiled, run("resumed", resume=str(tmp_path / "compiled" / "checkpoint-4"), **flag))
