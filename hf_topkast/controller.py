@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.utils import logging
 
 from .base_layer import TopKastLayer
 from .methods import choose_sets
@@ -13,6 +14,9 @@ from .optimizers import carry_state, check_optimizer, check_state, exclude_from_
 from .schedule import backward_density_at, exploration_end, refresh_due
 from .selection import check_finite
 from .surgery import sparse_info, sparse_layers
+
+
+logger = logging.get_logger(__name__)
 
 
 class TopKastController:
@@ -55,6 +59,7 @@ class TopKastController:
                     "remove() on the first one. (TopKastTrainer makes its own.)"
                 )
         exclude_from_weight_decay(self.optimizer, values)
+        self._restarted_from = self.step
         self.step = 0
         self._seen = self._assignments()
         self._hooks = [
@@ -89,6 +94,7 @@ class TopKastController:
             )
         if self._skips(optimizer):
             return
+        self._warn_of_restart()
         self._check_layers()
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in self.layers.items():
@@ -102,6 +108,17 @@ class TopKastController:
             self._apply_penalty(layer, groups[id(layer.values)])
             if self.config.exploration_lr_scale != 1:
                 self._exploration_before[name] = layer.values[layer.active_count :].clone()
+
+    def _warn_of_restart(self):
+        """At the first step and not before: between the two the state may be loaded."""
+        if self._restarted_from:
+            logger.warning(
+                f"The model has been trained for {self._restarted_from} steps, and this TopKastController starts its "
+                "schedule (refreshes, explore_until) at step 0. To resume that training, load the optimizer's state "
+                "and call controller.load_state_dict(state), where state is the former controller's state_dict(). To "
+                "start a new one without this warning: controller.load_state_dict({'step': 0})."
+            )
+            self._restarted_from = 0
 
     def _skips(self, optimizer: Optimizer) -> bool:
         """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
@@ -241,4 +258,5 @@ class TopKastController:
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
         self.step, self.mask_churn = state["step"], state.get("mask_churn")
+        self._restarted_from = 0
         self._seen = self._assignments()

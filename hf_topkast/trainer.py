@@ -41,8 +41,9 @@ class TopKastCallback(TrainerCallback, ExportableState):
         if self.controller is not None:
             self.controller.remove()
         self.controller = TopKastController(model, optimizer, total_steps=state.max_steps)
-        if state.global_step > 0:
-            self.controller.load_state_dict(saved_schedule(state.stateful_callbacks, state.global_step))
+        resumed = state.global_step > 0
+        schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
+        self.controller.load_state_dict(schedule)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Adds the `topkast/` metrics for the loggers that come after this callback."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from masked_reference import MaskedTraining
 from toy_models import loss_of, make_gpt2, token_batches
+from transformers import AutoModelForCausalLM
 from transformers.optimization import Adafactor
 
 from hf_topkast import TopKastConfig, TopKastController, sparsify
@@ -426,3 +427,30 @@ def test_state_of_something_else_is_refused():
     controller = TopKastController(model, sgd(model.parameters()))
     with pytest.raises(ValueError, match="integer 'step'"):
         controller.load_state_dict({"epoch": 3})
+
+
+def test_a_schedule_that_starts_again_is_said_once(monkeypatch, tmp_path):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.controller.logger.warning", warnings.append)
+    config = TopKastConfig(density=0.2, refresh_every=2)
+    batches = [[tokens] for tokens in token_batches(3)]
+    model = sparsify(make_gpt2(), config)
+    _, controller = train(model, config, sgd, batches)
+    model.save_pretrained(tmp_path)
+    assert not warnings  # a new training
+
+    def go_on(state):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        optimizer = sgd(model.parameters())
+        controller = TopKastController(model, optimizer)
+        if state is not None:
+            controller.load_state_dict(state)
+        for tokens in token_batches(2):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+        return controller.step
+
+    assert go_on(controller.state_dict()) == 5 and not warnings
+    assert go_on({"step": 0}) == 2 and not warnings
+    assert go_on(None) == 2
+    assert len(warnings) == 1 and "trained for 3 steps" in warnings[0] and "controller.load_state_dict" in warnings[0]

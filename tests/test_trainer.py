@@ -290,6 +290,15 @@ def test_early_stopping_and_second_training(tmp_path):
     assert trainer.topkast_controller.step == trainer.state.global_step
 
 
+def test_a_new_training_of_a_trained_model_starts_its_schedule_again(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.controller.logger.warning", warnings.append)
+    trained = make_trainer(tmp_path, max_steps=4)
+    trained.train()
+    trained.train()  # as the stock Trainer does: step 0, without a word
+    assert trained.topkast_controller.step == 4 and not warnings
+
+
 def test_training_on_from_the_best_model(tmp_path):
     # The best model has larger sets than the last one: moments of the last must not meet its weights.
     trainer = make_trainer(
