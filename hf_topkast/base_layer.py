@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .ops import masked_linear, select_backend
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
+from .readonly import ReadOnlyTensor
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
 
 
@@ -92,10 +93,10 @@ class TopKastLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """
-        α, dense, in the stock layout: a copy, so writing to it changes nothing. Its gradient reaches the values of B
-        as that of the product does, for models that multiply by it themselves.
+        α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as that
+        of the product does, for models that multiply by it themselves.
         """
-        return self.to_stock(_Alpha.apply(self.values, self.pattern))
+        return self.to_stock(_Alpha.apply(self.values, self.pattern)).as_subclass(ReadOnlyTensor)
 
     @property
     def active_mask(self) -> Tensor:
@@ -240,9 +241,10 @@ class TopKastLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shape and densities, as `print(model)` shows them."""
         in_features, out_features = self._features()
+        density = "on the meta device" if self.values.is_meta else f"{self.density:.4g}"
         return (
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}, "
-            f"density={self.density:.4g}, backward_density={self.backward_density:.4g}"
+            f"density={density}, backward_density={self.backward_density:.4g}"
             + (f", block_size={self.block_size}" if self.block_size != (1, 1) else "")
         )
 

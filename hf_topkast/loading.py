@@ -188,7 +188,8 @@ _PUSH_ARGUMENTS = inspect.signature(PreTrainedModel.push_to_hub).parameters.keys
 def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
     """As ever for a dense model; of a sparse one, α goes out under the stock names, with the state beside it."""
     given = {"is_main_process": is_main_process, **kwargs}
-    if next(sparse_layers(self), None) is None:
+    adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+    if adapters_only or next(sparse_layers(self), None) is None:
         return _stock_save_pretrained(self, save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **given)
     stock, state = split_state_dict(self, self.state_dict() if state_dict is None else state_dict)
     _write(self, save_directory, stock, state, **given)

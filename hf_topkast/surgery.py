@@ -51,9 +51,10 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         `torch.nn.Module`: the same object.
 
     Raises:
-        ValueError: if both `config` and settings are given, if the model is sparse already, if no layer matches (the
-            message lists candidates), if a named layer is of an unsupported type or tied to another, if blocks do not
-            fill a layer, or if a weight is NaN, infinite or not loaded yet. The model is unchanged then.
+        ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
+            no layer matches (the message lists candidates), if a named layer is of an unsupported type or tied to
+            another, if blocks do not fill a layer, or if a weight is NaN, infinite or not loaded yet. The model is
+            unchanged then.
     """
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
@@ -66,6 +67,11 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         raise ValueError(
             f"The model is sparse already ({len(already)} layers, the first is '{already[0]}'). Call densify(model) "
             "first to start again with other settings."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
+            "get_peft_model (or add_adapter) on the sparse model."
         )
     get_method(config.method)
     select_backend(config.backend)
@@ -106,7 +112,7 @@ def densify(model: nn.Module) -> nn.Module:
         raise ValueError("The model has no sparse layer, so there is nothing to densify.")
     for name in names:
         layer = model.get_submodule(name)
-        replace_module(model, layer, layer.to_dense(layer.weight))
+        replace_module(model, layer, layer.to_dense(layer.weight.detach().clone()))
     for module in model.modules():
         module.__dict__.pop("topkast", None)
     return model

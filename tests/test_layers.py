@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
@@ -80,10 +80,10 @@ def test_weight_is_read_only(dense):
     with pytest.raises(AttributeError):
         layer.weight = torch.zeros_like(layer.weight)
     with pytest.raises(KeyError):
-        layer.weight = nn.Parameter(layer.weight)
-    before = layer.dense_weight()
-    layer.weight.zero_()
-    assert torch.equal(layer.dense_weight(), before)
+        layer.weight = nn.Parameter(layer.weight.clone())
+    for write in (nn.init.normal_, Tensor.zero_, Tensor.requires_grad_):
+        with pytest.raises(RuntimeError, match="writes to the weight of a sparse layer.*densify"):
+            write(layer.weight)
 
 
 def test_reassign_keeps_the_parameter_and_every_weight(dense):
@@ -174,7 +174,7 @@ def test_half_keeps_the_indices(dense):
 
 def test_to_dense_gives_the_stock_layer_back(dense):
     layer = make_sparse(dense)
-    back = layer.to_dense(layer.weight)
+    back = layer.to_dense(layer.weight.clone())
     assert type(back) is type(dense)
     assert torch.equal(back.weight, layer.weight)
     assert back.bias is layer.bias

@@ -9,6 +9,7 @@ from datasets import Dataset
 from test_trainer import make_trainer, same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from toy_models import VOCABULARY, make_gpt2, make_llama
 from transformers import PreTrainedTokenizerFast
@@ -29,6 +30,7 @@ class SparseSFTTrainer(TopKastTrainerMixin, SFTTrainer):
 
 def make_tokenizer():
     words = Tokenizer(WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w1"))
+    words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0", unk_token="w1")
 
 

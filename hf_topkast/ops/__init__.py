@@ -77,11 +77,11 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         `torch.Tensor`: (..., out), in the dtype of `x`, or autocast's where autocast is on.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if not x.is_meta and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta:
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)

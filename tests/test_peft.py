@@ -1,0 +1,117 @@
+"""PEFT: adapters beside the frozen weights of a sparse model."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import CONFIG, make_trainer, same_weights
+from toy_models import make_gpt2, make_llama, token_batches
+from transformers import AutoModelForCausalLM, Trainer
+
+from hf_topkast import TopKastTrainer, densify, sparsify
+from hf_topkast.surgery import sparse_layers
+
+
+TARGETS = {make_gpt2: ["c_attn", "c_fc"], make_llama: ["q_proj", "up_proj"]}
+
+
+@pytest.fixture(params=TARGETS, ids=lambda make_model: make_model.__name__)
+def make_model(request):
+    return request.param
+
+
+def add_lora(model, make_model, **settings):
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=TARGETS[make_model], fan_in_fan_out=make_model is make_gpt2, **settings)
+    return get_peft_model(model, config)
+
+
+def trained(make_model):
+    """A sparse model with an adapter that has been trained for some steps by a plain loop."""
+    model = add_lora(sparsify(make_model(), copy.deepcopy(CONFIG)), make_model).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for tokens in token_batches(4):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def logits(model):
+    return model(token_batches(1)[0]).logits
+
+
+def test_only_the_adapter_is_trained(make_model):
+    base = sparsify(make_model(), copy.deepcopy(CONFIG)).eval()
+    model = trained(make_model)
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert not torch.allclose(logits(model), logits(base))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert same_weights(model.unload(), base)
+
+
+def test_an_adapter_is_saved_and_loaded(make_model, tmp_path):
+    model = trained(make_model)
+    model.save_pretrained(tmp_path / "adapter")
+    sparsify(make_model(), copy.deepcopy(CONFIG)).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()), logits(model))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused(make_model, merge, safe):
+    model = trained(make_model)
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="To merge an adapter call densify"):
+        getattr(model, merge)(safe_merge=safe)
+    assert torch.equal(logits(model), before)
+
+
+def test_merging_after_densify(make_model):
+    model = trained(make_model)
+    before = logits(model)
+    merged = densify(model).merge_and_unload()
+    assert not any(sparse_layers(merged))
+    torch.testing.assert_close(logits(merged), before)
+
+
+def test_an_initialisation_that_changes_the_weights_is_refused(make_model):
+    with pytest.raises(RuntimeError, match="writes to the weight of a sparse layer"):
+        add_lora(sparsify(make_model(), density=0.2), make_model, init_lora_weights="pissa")
+
+
+def test_sparsify_comes_first(make_model):
+    for model in (add_lora(make_model(), make_model), make_model()):
+        if not isinstance(model, PeftModel):
+            model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[make_model]))
+        with pytest.raises(ValueError, match="Call sparsify first"):
+            sparsify(model, density=0.2)
+
+
+def test_an_adapter_of_transformers_own_is_saved_alone(make_model, tmp_path):
+    model = sparsify(make_model(), density=0.2)
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[make_model], fan_in_fan_out=make_model is make_gpt2))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("base", [TopKastTrainer, Trainer])
+def test_trainers(make_model, tmp_path, base):
+    class LoraTrainer(base):
+        def __init__(self, model, **kwargs):
+            super().__init__(model=add_lora(model, make_model), **kwargs)
+
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "kind": LoraTrainer}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    straight = make_trainer(tmp_path, make_model, metric_for_best_model="loss", **settings)
+    before = {name: layer.theta() for name, layer in sparse_layers(straight.model)}
+    straight.train()
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    for name, layer in sparse_layers(straight.model):
+        assert torch.equal(layer.theta(), before[name]), name
+    resumed = make_trainer(tmp_path, make_model, metric_for_best_model="loss", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_weights(straight.model, resumed.model)
