@@ -125,6 +125,12 @@ class TopKastTrainerMixin:
             )
         _warn_of_other_settings(sparse_info(self.model).config, state)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
+        if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_best_model(self):
         if isinstance(self.model, PreTrainedModel):
             load_checkpoint(self.model, self.state.best_model_checkpoint)
