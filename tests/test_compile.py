@@ -7,6 +7,8 @@ from torch._dynamo.utils import counters
 from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, TopKastController, densify, sparsify
+from hf_topkast.methods.topkast import choose
+from hf_topkast.surgery import sparse_layers
 
 
 BACKEND = "aot_eager"  # traces forward and backward as inductor does, without a minute of C++ compilation
@@ -67,6 +69,19 @@ def test_the_end_of_exploration_compiles_once_more():
     model = with_loss(sparsify(make_gpt2(), density=0.2, refresh_every=2, explore_until=4))
     compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
     assert train(model, compiled) == [1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_sizes_that_change_often_need_two_graphs_where_torch_is_told():
+    model = with_loss(sparsify(make_gpt2(), density=0.5))
+    compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
+    names = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    with torch._dynamo.config.patch(dict.fromkeys(names, False)):
+        for density in (0.45, 0.4, 0.35, 0.3):
+            tokens = token_batches(1)[0]
+            compiled(input_ids=tokens, labels=tokens).loss.backward()
+            for _, layer in sparse_layers(model):
+                layer.reassign(*choose(layer.theta(), density, 2 * density))
+    assert compiled_graphs() == 2
 
 
 def test_inference_is_one_graph():
