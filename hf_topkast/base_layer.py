@@ -93,8 +93,8 @@ class TopKastLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """
-        α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as that
-        of the product does, for models that multiply by it themselves.
+        α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as
+        that of the product does, for models that multiply by it themselves.
         """
         return self.to_stock(_Alpha.apply(self.values, self.pattern)).as_subclass(ReadOnlyTensor)
 
