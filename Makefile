@@ -7,13 +7,17 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-all lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/run_clm.py recipes/enwik8/demo.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Also what takes minutes: several processes that resume each other's checkpoints, runs that are killed.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .distributed import full, is_sharded, local, part_of, shard_like, sum_over_ranks
 from .ops import masked_linear, select_backend
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
@@ -24,6 +25,7 @@ class TopKastLayer(nn.Module):
         row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
         reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
+            Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
         assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
@@ -66,8 +68,16 @@ class TopKastLayer(nn.Module):
     @property
     def pattern(self) -> Pattern:
         """Where the values stand, and which belong to A."""
+        return self._pattern(full(self.columns))
+
+    def _pattern(self, columns: Tensor) -> Pattern:
+        return Pattern(self.row_offsets, columns, self.shape, self.block_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), whatever the stock layout."""
         in_features, out_features = self._features()
-        return Pattern(self.row_offsets, self.columns, (out_features, in_features), self.block_size)
+        return out_features, in_features
 
     @property
     def numel(self) -> int:
@@ -78,7 +88,7 @@ class TopKastLayer(nn.Module):
     @property
     def active_count(self) -> int:
         """|A|."""
-        return self.pattern.active
+        return self._pattern(self.columns).active
 
     @property
     def density(self) -> float:
@@ -96,7 +106,7 @@ class TopKastLayer(nn.Module):
         α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as
         that of the product does, for models that multiply by it themselves.
         """
-        return self.to_stock(_Alpha.apply(self.values, self.pattern)).as_subclass(ReadOnlyTensor)
+        return self.to_stock(_Alpha.apply(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
 
     @property
     def active_mask(self) -> Tensor:
@@ -112,7 +122,11 @@ class TopKastLayer(nn.Module):
     def reservoir_use(self) -> float:
         """Share of the first reservoir that has been in A since (the paper's appendix: about 5%)."""
         total = int(self.initial_reservoir_size)
-        return 1 - int(unpack_bits(self.unvisited, self.numel).sum()) / total if total else 0.0
+        if not total:
+            return 0.0
+        packed = local(self.unvisited)
+        unvisited = sum_over_ranks(unpack_bits(packed, 8 * packed.numel()).sum(), self.unvisited)
+        return 1 - int(unvisited) / total
 
     def dense_weight(self) -> Tensor:
         """θ, the full weight with its reservoir, dense, in the stock layout: a copy."""
@@ -120,7 +134,7 @@ class TopKastLayer(nn.Module):
 
     def theta(self) -> Tensor:
         """θ as (out, in), whatever the stock layout: a copy."""
-        return assemble_theta(self.values.detach(), self.pattern, self.reservoir)
+        return assemble_theta(full(self.values.detach()), self.pattern, full(self.reservoir))
 
     @torch.no_grad()
     def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -143,9 +157,25 @@ class TopKastLayer(nn.Module):
         for name in STRUCTURE:
             self._write(name, getattr(pattern, name))
         self._write("reservoir", take_reservoir(theta, backward))
-        self.unvisited &= ~pack_bits(active)
+        local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
         self.assignments += 1
         return sources
+
+    def offer_columns(self):
+        """
+        Makes `columns` a parameter without gradient, the only kind of tensor that FSDP2 shards and gathers for a
+        product. Call it before the model is wrapped; else every rank keeps all columns.
+        """
+        if "columns" in self._buffers:
+            self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
+
+    def shard_rest(self):
+        """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
+        if is_sharded(self.values) and not is_sharded(self.reservoir):
+            self.unvisited = shard_like(self.unvisited, self.values)
+            self.reservoir = shard_like(self.reservoir, self.values)
+            if self._rests_elsewhere:
+                self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 
     @property
     def _rests_elsewhere(self) -> bool:
@@ -154,7 +184,12 @@ class TopKastLayer(nn.Module):
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
         if current.shape == new.shape:
-            current.copy_(new)
+            local(current).copy_(part_of(new, current))
+        elif is_sharded(current):
+            raise RuntimeError(
+                f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
+                f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
+            )
         elif name == "reservoir" and self._rests_elsewhere:
             self.reservoir = put_to_rest(new, self.reservoir_device)
         else:  # the same tensor object, so that optimizers and hooks keep hold of it
@@ -177,6 +212,8 @@ class TopKastLayer(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.columns):  # which gloo can only gather in 32 bits
+            destination[f"{prefix}columns"] = self.columns.to(torch.int32)
         if self._rests_elsewhere:
             destination[f"{prefix}reservoir"] = self.reservoir
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .base_layer import STRUCTURE, TRACKING, TopKastLayer
+from .distributed import is_sharded, local, part_of, shard_like
 from .ops.reference import expand_active
 from .pattern import Pattern, pack_bits
 from .reservoir import assemble_theta
@@ -36,7 +37,7 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
         own = {key: stock.pop(f"{name}.{key}").cpu() for key in LAYER_TENSORS}
-        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.pattern.shape, layer.block_size)
+        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)
         stock[f"{name}.weight"] = layer.to_stock(alpha)
@@ -126,6 +127,8 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
         restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
     for name, layer in layers.items():
         restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
+    own = model.state_dict()
+    weights = {key: shard_like(t, own[key]) if is_sharded(own[key]) else t for key, t in weights.items()}
     model.load_state_dict(weights, strict=False)
     sparse_info(model).step = state.step
     return state
@@ -138,12 +141,12 @@ def _check_weights(model: nn.Module, weights: dict[str, Tensor], directory: str 
     for name, layer in sparse_layers(model):
         for key in LAYER_TENSORS:
             shapes.pop(f"{name}.{key}")
-        shapes[f"{name}.weight"] = layer.pattern.shape[::-1] if layer.stores_transposed else layer.pattern.shape
+        shapes[f"{name}.weight"] = layer.shape[::-1] if layer.stores_transposed else layer.shape
     unknown = [key for key in weights if key not in shapes]
-    held = {own[key].data_ptr() for key in weights if key in own}
+    held = {local(own[key]).data_ptr() for key in weights if key in own}
     for key, shape in shapes.items():
         found = tuple(weights[key].shape) if key in weights else None
-        tied = found is None and key in own and own[key].data_ptr() in held
+        tied = found is None and key in own and local(own[key]).data_ptr() in held
         if unknown or (found != shape and not tied):
             raise CheckpointError(
                 f"{directory} belongs to another model: "
@@ -160,7 +163,7 @@ def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: 
     device = layer.values.device
     active, backward = (mask.to(device) for mask in state.masks(name))
     layer.reassign(active, backward, theta.to(device, layer.values.dtype))
-    layer.unvisited.copy_(state.tensors[f"{name}.unvisited"])
+    local(layer.unvisited).copy_(part_of(state.tensors[f"{name}.unvisited"], layer.unvisited))
     layer.initial_reservoir_size.copy_(state.tensors[f"{name}.initial_reservoir_size"])
 
 

@@ -9,6 +9,18 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .base_layer import TopKastLayer
+from .distributed import (
+    check_agreement,
+    find_ddp,
+    is_sharded,
+    local,
+    prefix_here,
+    raise_together,
+    rebuild_buckets,
+    set_digest,
+    sum_over_ranks,
+    world_size,
+)
 from .methods import choose_sets
 from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
 from .schedule import backward_density_at, exploration_end, refresh_due
@@ -42,6 +54,9 @@ class TopKastController:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
         self._info = sparse_info(model)
+        self._ddp = find_ddp(model)
+        self._group = None if self._ddp is None else self._ddp.process_group
+        model = model if self._ddp is None else self._ddp.module
         self.config = self._info.config
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(model))
         self.optimizer = unwrap_optimizer(optimizer)
@@ -59,6 +74,10 @@ class TopKastController:
                     "remove() on the first one. (TopKastTrainer makes its own.)"
                 )
         exclude_from_weight_decay(self.optimizer, values)
+        self._check_resizing()
+        for layer in self.layers.values():
+            layer.shard_rest()
+        self._check_agreement()
         self._restarted_from = self.step
         self.step = 0
         self._seen = self._assignments()
@@ -68,6 +87,24 @@ class TopKastController:
         ]
         if self._exploration_end == 0:
             self.end_exploration()
+
+    def _check_resizing(self):
+        """Whether what wraps the model can follow a parameter that becomes smaller."""
+        explores = any(layer.backward_density > layer.density for layer in self.layers.values())
+        if self._exploration_end is None or not explores:
+            return
+        if any(is_sharded(layer.values) for layer in self.layers.values()):
+            raise ValueError(
+                f"explore_until={self.config.explore_until!r} makes the sparse parameters smaller during training, "
+                "which FSDP2 cannot follow: it fixes the size of each shard when it wraps the model. Train under DDP "
+                "until exploration has ended and resume under FSDP2, or set explore_until to None."
+            )
+        if self._ddp is None and world_size() > 1:
+            raise ValueError(
+                f"explore_until={self.config.explore_until!r} makes the sparse parameters smaller during training, "
+                "and the gradient buckets of DDP have to follow. Give TopKastController the wrapped model (what "
+                "accelerator.prepare or DistributedDataParallel returned), or use TopKastTrainer."
+            )
 
     @property
     def step(self) -> int:
@@ -107,7 +144,7 @@ class TopKastController:
                 )
             self._apply_penalty(layer, groups[id(layer.values)])
             if self.config.exploration_lr_scale != 1:
-                self._exploration_before[name] = layer.values[layer.active_count :].clone()
+                self._exploration_before[name] = local(layer.values)[self._active_here(layer) :].clone()
 
     def _warn_of_restart(self):
         """At the first step and not before: between the two the state may be loaded."""
@@ -143,22 +180,23 @@ class TopKastController:
         if self.config.penalty == 0:
             return
         on_active, on_exploration = self.config.penalty, self.config.penalty / self.config.density
-        size = layer.active_count
+        size, values, gradient = self._active_here(layer), local(layer.values), local(layer.values.grad)
         for part, strength in ((slice(None, size), on_active), (slice(size, None), on_exploration)):
             if self.config.penalty_mode == "decoupled":
-                layer.values[part].mul_(1 - group["lr"] * strength)
+                values[part].mul_(1 - group["lr"] * strength)
                 continue
             # A fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike.
             scale = getattr(self.optimizer, "grad_scale", None)
-            values = layer.values[part] if scale is None else layer.values[part] * scale.to(layer.values.dtype)
-            layer.values.grad[part].add_(values, alpha=strength)
+            penalised = values[part] if scale is None else values[part] * scale.to(values.dtype)
+            gradient[part].add_(penalised, alpha=strength)
 
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
         if self._skips(optimizer):
             return
         for name, before in self._exploration_before.items():
-            exploration = self.layers[name].values[self.layers[name].active_count :]
+            layer = self.layers[name]
+            exploration = local(layer.values)[self._active_here(layer) :]
             exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self._exploration_before.clear()
         self.step += 1
@@ -188,6 +226,7 @@ class TopKastController:
             self._reassign(name, active, backward, theta)
             members += int(was_active.sum())
             left += int((was_active & ~active).sum())
+        self._check_agreement()
         self.mask_churn = left / members
         self.refresh_seconds = time.perf_counter() - start
 
@@ -198,12 +237,30 @@ class TopKastController:
         for name, layer in self.layers.items():
             active = layer.pattern.active_mask()
             self._reassign(name, active, active, layer.theta())
+        if self._ddp is not None:
+            rebuild_buckets(self._ddp)
 
     def _check_numbers(self):
         """All layers before the first one changes; what is outside B cannot have changed."""
-        for name, layer in self.layers.items():
-            check_finite(layer.values, name)
-            check_state(self.optimizer, name, layer.values)
+        problem = None
+        try:
+            for name, layer in self.layers.items():
+                check_finite(local(layer.values), name)
+                check_state(self.optimizer, name, layer.values)
+        except ValueError as error:
+            problem = error
+        raise_together(problem, self._group)
+
+    def _check_agreement(self):
+        if world_size(self._group) > 1:
+            patterns = [(name, layer.pattern) for name, layer in self.layers.items()]
+            digests = {name: set_digest(sets.flat_index(), sets.active, sets.row_offsets) for name, sets in patterns}
+            check_agreement(digests, self._group)
+
+    @staticmethod
+    def _active_here(layer: TopKastLayer) -> int:
+        """How many of the values that this rank holds belong to A: they come first."""
+        return prefix_here(layer.active_count, layer.values)
 
     def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
         layer = self.layers[name]
@@ -222,9 +279,9 @@ class TopKastController:
         for layer in self.layers.values():
             if not layer.values.requires_grad:
                 continue
-            squares = layer.values.float().square()
-            on_active, on_exploration = squares[: layer.active_count], squares[layer.active_count :]
-            total += float(on_active.sum() + on_exploration.sum() / self.config.density)
+            squares, size = local(layer.values).float().square(), self._active_here(layer)
+            part = squares[:size].sum() + squares[size:].sum() / self.config.density
+            total += float(sum_over_ranks(part, layer.values))
         return self.config.penalty / 2 * total
 
     def metrics(self) -> dict[str, float]:

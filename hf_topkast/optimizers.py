@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
+from .distributed import full, is_sharded, local, part_of, shard_like
+
 
 # Their per-weight state is a vector of the weight's shape that starts at zero, so it can move, be dropped and start
 # afresh with its weight. That cannot be told of an optimizer in general, hence a list.
@@ -80,6 +82,48 @@ def check_state(optimizer: Optimizer, name: str, values: nn.Parameter):
             )
 
 
+def whole_state(optimizer: Optimizer, keep: bool = True) -> dict:
+    """
+    `optimizer.state_dict()` as one process would have it, on the CPU, gathered tensor by tensor from sharded ones.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the unwrapped optimizer; every rank has to call.
+        keep (`bool`, *optional*, defaults to `True`): whether this rank wants the tensors.
+    """
+    whole = optimizer.state_dict()
+    for index, state in whole["state"].items():
+        gathered = {}
+        for key, value in state.items():
+            value = full(value)
+            if keep:
+                gathered[key] = value.cpu() if isinstance(value, Tensor) else value
+        whole["state"][index] = gathered
+    return whole
+
+
+def load_whole_state(optimizer: Optimizer, whole: dict):
+    """
+    Loads what [`whole_state`] gave, or the optimizer of one process, into one whose parameters may be sharded.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
+        whole (`dict`): the state, the same on every rank.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {
+            key: shard_like(value, parameters[index]) if _belongs_to_shards(value, parameters[index]) else value
+            for key, value in entries.items()
+        }
+        for index, entries in whole["state"].items()
+    }
+    optimizer.load_state_dict({**whole, "state": state})
+
+
+def _belongs_to_shards(value, parameter: nn.Parameter) -> bool:
+    return is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
+
+
 def exclude_from_weight_decay(optimizer: Optimizer, values: dict[str, nn.Parameter]):
     """
     Moves the values of sparse layers into parameter groups without weight decay.
@@ -119,12 +163,13 @@ def carry_state(state: dict, sources: Tensor, new_state: str):
     """
     stays = sources >= 0
     slots = sources.clamp(min=0)
-    for key, old in state.items():
-        if not isinstance(old, Tensor) or old.ndim == 0:
+    for key, stored in state.items():
+        if not isinstance(stored, Tensor) or stored.ndim == 0:
             continue  # a step count, or what holds for the whole parameter
+        old = full(stored)
         fresh = old.mean() if new_state == "mean" and key in SECOND_MOMENTS else old.new_zeros(())
         moved = torch.where(stays, old[slots], fresh)
         if moved.shape == old.shape:
-            old.copy_(moved)
+            local(stored).copy_(part_of(moved, stored))
         else:
             state[key] = moved

@@ -133,7 +133,7 @@ def _row(name: str, layer: TopKastLayer) -> LayerRow:
     return LayerRow(
         name=name,
         type=type(layer).__name__,
-        shape=layer.pattern.shape,
+        shape=layer.shape,
         weights=layer.numel,
         active=layer.active_count,
         stored=layer.values.numel(),

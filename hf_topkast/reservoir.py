@@ -5,11 +5,13 @@ They are stored once, as n − |B| numbers in ascending flat order, and only a r
 accelerator hold the sparse numbers alone (the paper's §2.4 proposes it).
 """
 
+import os
 import tempfile
 
 import torch
 from torch import Tensor
 
+from .distributed import is_sharded, local
 from .pattern import Pattern
 
 
@@ -32,17 +34,39 @@ def put_to_rest(numbers: Tensor, place: str) -> Tensor:
     Copies a reservoir to where it rests away from the layer.
 
     Args:
-        numbers (`torch.Tensor`): (n − |B|,), on any device.
+        numbers (`torch.Tensor`): (n − |B|,), on any device; of a sharded one each rank puts its part to rest.
         place (`str`): `"cpu"` for host memory, pinned where there is a GPU; `"disk"` for a memory-mapped file in the
             system's directory for temporary files (`TMPDIR` chooses another), which the operating system removes when
             the tensor or the process ends.
 
     Returns:
         `torch.Tensor`: on the CPU, equal to `numbers`.
+
+    Raises:
+        OSError: if the disk has no room.
     """
+    if is_sharded(numbers):
+        numbers = numbers.to("cpu")
+        numbers._local_tensor = put_to_rest(local(numbers), place)  # as FSDP2 itself offloads
+        return numbers
     if place == "disk" and numbers.numel():
         with tempfile.NamedTemporaryFile(prefix="topkast_reservoir_") as file:  # the mapping outlives the name
+            _reserve(file, numbers.nbytes)
             resting = torch.from_file(file.name, shared=True, size=numbers.numel(), dtype=numbers.dtype)
     else:
         resting = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=torch.cuda.is_available())
     return resting.copy_(numbers)
+
+
+def _reserve(file, size: int):
+    """Takes the disk space now: a mapped file that finds the disk full at a write ends the process without a word."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"There is no room for a reservoir of {size} bytes in {os.path.dirname(file.name)} ({error.strerror}): "
+            "set the environment variable TMPDIR to a larger disk, or use reservoir_device='cpu'",
+        ) from error

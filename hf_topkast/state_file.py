@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import TopKastConfig
+from .durable import replacing
 from .methods import get_method
 from .ops import select_backend
 from .pattern import pack_bits, unpack_bits
@@ -76,7 +77,8 @@ def write_state(state: SparseState, directory: str | os.PathLike):
     }
     metadata["digest"] = digest(state.tensors, metadata)
     tensors = {key: tensor.contiguous() for key, tensor in state.tensors.items()}
-    save_file(tensors, Path(directory) / STATE_NAME, metadata)
+    with replacing(Path(directory) / STATE_NAME) as path:
+        save_file(tensors, path, metadata)
 
 
 def read_state(directory: str | os.PathLike) -> SparseState:

@@ -19,6 +19,8 @@ from .targets import find_targets
 
 logger = logging.get_logger(__name__)
 
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
 
 @dataclass
 class SparseInfo:
@@ -115,6 +117,7 @@ def densify(model: nn.Module) -> nn.Module:
         replace_module(model, layer, layer.to_dense(layer.weight.detach().clone()))
     for module in model.modules():
         module.__dict__.pop("topkast", None)
+        module.__dict__.pop(DDP_IGNORES, None)
     return model
 
 
@@ -130,6 +133,17 @@ def mark_sparse(model: nn.Module, info: SparseInfo):
     for module in model.modules():
         if module is model or isinstance(module, PreTrainedModel):
             module.topkast = info
+            keep_buffers_from_ddp(module)
+
+
+def keep_buffers_from_ddp(model: nn.Module):
+    """
+    Tells DDP, by the attribute it reads from what it wraps, to leave the buffers of sparse layers alone: it would send
+    structure and reservoir to every rank before each forward pass, and gloo cannot send 16-bit integers at all.
+    """
+    buffers = [f"{name}.{key}" for name, layer in sparse_layers(model) for key, _ in layer.named_buffers()]
+    others = set(getattr(model, DDP_IGNORES, ())) - set(buffers)
+    setattr(model, DDP_IGNORES, [*sorted(others), *buffers])
 
 
 def sparse_info(model: nn.Module) -> SparseInfo:

@@ -4,16 +4,22 @@ import json
 import os
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .checkpoint import load_checkpoint
 from .controller import TopKastController
-from .optimizers import exclude_from_weight_decay, unwrap_optimizer
+from .distributed import local, raise_together
+from .durable import flush_tree, last_whole_checkpoint
+from .optimizers import exclude_from_weight_decay, load_whole_state, unwrap_optimizer, whole_state
 from .report import sparsity_report
 from .state_file import STATE_NAME, CheckpointError, SparseState
 from .surgery import sparse_info, sparse_layers
@@ -31,16 +37,19 @@ class TopKastCallback(TrainerCallback, ExportableState):
 
     Attributes:
         controller ([`TopKastController`]): the one of the running or last training, `None` before the first.
+        wrapped (`torch.nn.Module`, *optional*): the model as DDP has wrapped it, which callbacks are not told.
     """
 
     def __init__(self):
         self.controller: TopKastController | None = None
+        self.wrapped: nn.Module | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Makes the controller, once the optimizer is there and a resumed state is loaded."""
         if self.controller is not None:
             self.controller.remove()
-        self.controller = TopKastController(model, optimizer, total_steps=state.max_steps)
+        wrapped = model if self.wrapped is None else self.wrapped
+        self.controller = TopKastController(wrapped, optimizer, total_steps=state.max_steps)
         resumed = state.global_step > 0
         schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
         self.controller.load_state_dict(schedule)
@@ -70,6 +79,7 @@ class TopKastTrainerMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         sparse_info(self.model)
+        self._settle_engine()
         if self._topkast_callback is None:
             self.add_callback(TopKastCallback())
 
@@ -81,6 +91,36 @@ class TopKastTrainerMixin:
     def topkast_controller(self) -> TopKastController | None:
         """The controller of the running or last training."""
         return self._topkast_callback and self._topkast_callback.controller
+
+    def _settle_engine(self):
+        """What the engine that spreads the training over processes has to know; refuses those that cannot do it."""
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed keeps the parameters in flat buffers of its own, of sizes fixed at the start, where sparse "
+                "values and their optimizer state cannot move. Use FSDP2, which shards the same numbers: accelerate "
+                "launch --use_fsdp --fsdp_version 2."
+            )
+        if self.args.ddp_broadcast_buffers is None:
+            self.args.ddp_broadcast_buffers = False
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(
+                    "FSDP 1 flattens parameters together, so that sparse values cannot move by themselves. Use FSDP2: "
+                    "accelerate launch --use_fsdp --fsdp_version 2."
+                )
+            # Accelerate would send every entry of the state dict as a sharded parameter, and buffers are none.
+            plugin.cpu_ram_efficient_loading = False
+
+    @property
+    def _whole_checkpoints(self) -> bool:
+        """Whether FSDP2 saves what one process would save; else each rank saves its shards."""
+        return self.is_fsdp_enabled and "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @property
+    def _saved_by_us(self) -> bool:
+        """Whether checkpoints have our format; else the plain or sharded state dict, which is complete by itself."""
+        return isinstance(self.model, PreTrainedModel) and (self._whole_checkpoints or not self.is_fsdp_enabled)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the base trainer's, without the values of sparse layers: the exploration penalty takes their place."""
@@ -112,8 +152,84 @@ class TopKastTrainerMixin:
                     f"table is dense.\n\n{report.to_markdown()}\n"
                 )
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the base trainer's; `resume_from_checkpoint=True` passes over checkpoints that were left half-written."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory = os.path.join(self._get_output_dir(trial=trial), folder)
+        try:
+            self._check_numbers()
+            if self.args.should_save and os.path.isdir(directory):
+                # What stands there becomes a part of something while it is written over.
+                Path(directory, TRAINER_STATE_NAME).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            good = last_whole_checkpoint(os.path.dirname(directory))
+            raise CheckpointError(
+                f"{directory} is not written: {error} The last good checkpoint is {good}; go on from it with "
+                "resume_from_checkpoint=True."
+            ) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The last thing before trainer_state.json, which says that all the rest is there.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            flush_tree(output_dir)
+
+    def _check_numbers(self):
+        """Whether the weights deserve a checkpoint, for which an older one may be deleted."""
+        broken = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not bool(torch.isfinite(local(parameter.detach())).all())
+        ]
+        problem = None
+        if broken:
+            problem = ValueError(
+                f"'{broken[0]}' holds NaN or infinite weights at step {self.state.global_step} ({len(broken)} such "
+                "parameters): the loss has diverged. Lower the learning rate or clip gradients."
+            )
+        raise_together(problem)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is not None and self._whole_checkpoints and self.model is self.model_wrapped:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before FSDP2 fixes the sizes of its shards
+        if self.is_fsdp_enabled and self.model is self.model_wrapped:
+            for _, layer in sparse_layers(self.model):
+                layer.offer_columns()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._topkast_callback.wrapped = self.model_wrapped
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self._whole_checkpoints:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(unwrap_optimizer(self.optimizer), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
+        if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+        if checkpoint is None or not self._whole_checkpoints:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+        load_whole_state(unwrap_optimizer(self.optimizer), state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not isinstance(self.model, PreTrainedModel):  # saved as its plain state dict, which is complete
+        if not self._saved_by_us:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         step = resumable_step(resume_from_checkpoint)
@@ -125,14 +241,8 @@ class TopKastTrainerMixin:
             )
         _warn_of_other_settings(sparse_info(self.model).config, state)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
-        if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
-            self._load_from_checkpoint(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
     def _load_best_model(self):
-        if isinstance(self.model, PreTrainedModel):
+        if self._saved_by_us:
             load_checkpoint(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,3 +382,15 @@ def test_model_card_has_the_densities(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.count("## Sparsity") == 1
     assert "| `transformer.h.0.attn.c_attn` | 72 × 24 | 0.2" in card
+
+
+def test_engines_that_cannot_shard_sparse_values_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed.*Use FSDP2"):
+        trainer._settle_engine()
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = False, True
+    plugin = SimpleNamespace(fsdp_version=1)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match="FSDP 1.*Use FSDP2"):
+        trainer._settle_engine()

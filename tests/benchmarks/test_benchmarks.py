@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from benchmarks import generate, kernels, measure, memory, step_time
+from benchmarks import generate, kernels, measure, memory, scaling, step_time
 
 
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
 RUNS = {
     memory: TINY,
+    scaling: ["--plan"],  # the measurement starts many processes
     generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
     step_time: [*TINY, "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
     kernels: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--rounds", "1", "--block-size", "4", "1"],

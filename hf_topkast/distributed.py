@@ -1,0 +1,150 @@
+"""
+Several processes: tensors that are sharded over them (FSDP2), gradient buckets that follow a parameter's size (DDP),
+and the proof that all of them hold the same sets. In one process every function here does nothing.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part that this rank holds, sharing memory; all of a tensor that is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered if it is sharded: then every rank has to call."""
+    if not is_sharded(tensor):
+        return tensor
+    tensor = tensor.to(tensor.device_mesh.device_type)  # FSDP may have offloaded it to the host
+    if tensor.dtype == torch.int16:  # unknown to gloo
+        return tensor.to(torch.int32).full_tensor().to(torch.int16)
+    return tensor.full_tensor()
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have whole, cut as `like` is. Without communication."""
+    return shard_like(whole, like).to_local() if is_sharded(like) else whole
+
+
+def shard_like(whole: Tensor, like: DTensor) -> DTensor:
+    """A tensor that all ranks have whole, sharded as `like` is. Without communication."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def prefix_here(count: int, like: Tensor) -> int:
+    """How many of the first `count` elements of a vector lie in this rank's part of it."""
+    if not is_sharded(like):
+        return count
+    (chunk,) = like.__create_chunk_list__()  # how DTensor tells checkpoints its place
+    return min(max(0, count - chunk.offsets[0]), chunk.sizes[0])
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in the group (all of them, for `None`); 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(part: Tensor, like: Tensor) -> Tensor:
+    """The sum of a scalar over the ranks that hold the parts of `like`; the scalar itself where it is whole."""
+    if is_sharded(like):
+        pending = [Partial() if placement.is_shard() else placement for placement in like.placements]
+        part = DTensor.from_local(part, like.device_mesh, pending).full_tensor()
+    return part
+
+
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP wrapper in a model, around it or under another wrapper."""
+    return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+
+
+def rebuild_buckets(ddp: DistributedDataParallel):
+    """
+    Gives DDP's gradient buckets the present sizes of the parameters; between two steps, on every rank.
+
+    DDP lays its buckets out once, when it is made, and would silently leave a resized parameter out of the all-reduce.
+    Unpickling lays them out anew, and is the one way there that torch documents.
+    """
+    ddp.__setstate__(ddp.__getstate__())
+    for hook, state in ddp._comm_hooks:  # registered with the buckets, which are new
+        dist._register_comm_hook(ddp.reducer, state, hook)
+
+
+def set_digest(flat_index: Tensor, active: int, row_offsets: Tensor) -> Tensor:
+    """
+    A number that two equal pairs of sets share, and two different ones all but never.
+
+    Args:
+        flat_index (`torch.Tensor`): int64, (|B|,): the members of B, those of A first.
+        active (`int`): |A|.
+        row_offsets (`torch.Tensor`): those of the pattern, which every rank has its own copy of where members of B are
+            gathered from all.
+
+    Returns:
+        `torch.Tensor`: int64 scalar.
+    """
+    mixed = 2 * flat_index + 1
+    mixed[:active] += 1
+    mixed *= -7046029254386353131  # integers wrap around: that is the hashing
+    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+    places = torch.arange(1, len(row_offsets) + 1, device=row_offsets.device)
+    return (mixed ^ (mixed >> 32)).sum() + (places * -4265267296055464877 * row_offsets).sum()
+
+
+def check_agreement(digests: dict[str, Tensor], group: dist.ProcessGroup | None = None):
+    """
+    Proves that all ranks have the same digest of every layer's sets; every rank has to call.
+
+    Args:
+        digests (`dict[str, torch.Tensor]`): int64 scalar per layer, by name, on the device of the group's backend.
+        group (`ProcessGroup`, *optional*): the ranks that train the model. `None`: all.
+
+    Raises:
+        RuntimeError: on every rank, if some rank differs; the message names the first such layer and the ranks.
+    """
+    if world_size(group) == 1:
+        return
+    mine = torch.stack(list(digests.values()))
+    everyone = mine.new_empty(world_size(group), mine.numel())
+    dist.all_gather(list(everyone.unbind()), mine, group=group)
+    differs = everyone != everyone[0]
+    if not bool(differs.any()):
+        return
+    layer = int(differs.any(dim=0).nonzero()[0])
+    ranks = differs[:, layer].nonzero().flatten().tolist()
+    raise RuntimeError(
+        f"Layer '{list(digests)[layer]}': the sets A and B of rank {', '.join(map(str, ranks))} are not those of rank "
+        f"0 ({int(differs.any(dim=0).sum())} such layers), so training would go wrong silently. Sparsify the same "
+        "weights on every rank (the same seed, or one checkpoint), change weights on all ranks alike, and resume from "
+        "the last checkpoint."
+    )
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None):
+    """
+    Raises an error of any rank on every rank, so that none waits for one that is gone; every rank has to call.
+
+    Args:
+        error (`Exception`, *optional*): what went wrong on this rank.
+        group (`ProcessGroup`, *optional*): the ranks that train the model. `None`: all.
+
+    Raises:
+        Exception: `error` itself.
+        RuntimeError: on the ranks where all is well, if it is not on others; the message names them.
+    """
+    if world_size(group) > 1:
+        messages: list[str | None] = [None] * world_size(group)
+        dist.all_gather_object(messages, None if error is None else str(error), group=group)
+        if error is None and any(messages):
+            rank, message = next((rank, text) for rank, text in enumerate(messages) if text)
+            raise RuntimeError(f"Rank {rank}: {message}")
+    if error is not None:
+        raise error

@@ -1,0 +1,188 @@
+"""What one rank of a run of several processes does; `ranks.launch` starts it."""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from test_trainer import make_trainer
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from toy_models import loss_of, make_gpt2, token_batches
+from transformers import TrainerCallback
+
+from benchmarks.scaling import live_bytes
+from hf_topkast import TopKastConfig, TopKastController, sparsify
+from hf_topkast.distributed import full, is_sharded
+from hf_topkast.surgery import sparse_layers
+
+
+def train(
+    directory: str, resume=None, config: dict | None = None, weights: int = 0, die_at: int | None = None, **settings
+):
+    """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets and dense weights to `report.pt`."""
+    config = TopKastConfig(**{"density": 0.2, "refresh_every": 3, "penalty": 1e-3, **(config or {})})
+    # Not use_cpu=True, which FSDP takes for one process: ACCELERATE_USE_CPU says the same.
+    trainer = make_trainer(directory, lambda: make_gpt2(weights), config=config, use_cpu=False, **settings)
+    if die_at is not None and trainer.args.process_index == 1:
+        trainer.add_callback(Die(die_at))
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_fsdp_enabled:
+        for _, layer in sparse_layers(trainer.model):
+            assert all(map(is_sharded, (layer.values, layer.columns, layer.reservoir, layer.unvisited)))
+    state = whole(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.is_world_process_zero():
+        state["ranks"] = torch.tensor(trainer.args.world_size)
+        torch.save(state, Path(directory) / "report.pt")
+
+
+class Die(TrainerCallback):
+    """Ends this process in the middle of a training."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """θ and sets of the sparse layers and all other parameters, gathered; copies."""
+    state = {name: full(parameter.detach()).clone() for name, parameter in model.named_parameters()}
+    for name, layer in sparse_layers(model):
+        del state[f"{name}.values"]
+        state.pop(f"{name}.columns", None)
+        state[f"{name}.theta"], state[f"{name}.sets"] = layer.theta(), layer.active_mask.int() + layer.backward_mask
+    return state
+
+
+def plain_loops(directory: str):
+    """Loops of one's own under DDP; each rank writes what it found to `facts-RANK.json`."""
+    dist.init_process_group("gloo")
+    facts = {
+        "steps": exploration_ends(directory),
+        "unwrapped": refusal(lambda model: TopKastController(model.module, sgd(model)), explore_until=2),
+        "other sets": refusal(TopKastController, lambda model: sgd(model), seed=dist.get_rank()),
+        "drift": refusal(drift),
+        "nan": refusal(one_nan),
+    }
+    Path(directory, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def fully_sharded(directory: str):
+    """Loops of one's own under FSDP2; each rank writes what it found to `facts-RANK.json`."""
+    dist.init_process_group("gloo")
+    facts = {
+        "dense": sharded_bytes(),
+        "sparse": sharded_bytes(density=0.2),
+        "on disk": sharded_bytes(density=0.2, reservoir_device="disk"),
+    }
+    try:
+        sharded_bytes(density=0.2, explore_until=2)
+    except ValueError as error:
+        facts["explore_until"] = str(error)
+    Path(directory, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def sharded_bytes(**config) -> int:
+    """Bytes that one rank holds after two steps with a refresh."""
+    model = make_gpt2()
+    if config:
+        for _, layer in sparse_layers(sparsify(model, refresh_every=2, **config)):
+            layer.offer_columns()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad])
+    if config:
+        TopKastController(model, optimizer)
+    for tokens in token_batches(2):
+        step(model, optimizer, tokens)
+    model(input_ids=token_batches(1)[0]).logits.sum().backward()
+    return live_bytes(model, optimizer)
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def make_ddp(seed: int = 0, **config) -> DistributedDataParallel:
+    model = sparsify(make_gpt2(seed), **{"density": 0.2, "refresh_every": 2, **config})
+    return DistributedDataParallel(model)
+
+
+def step(model, optimizer, tokens):
+    (loss_of(model, tokens) / 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def count_bytes(model: DistributedDataParallel) -> list[int]:
+    """A list that a communication hook fills with the bytes of each bucket it sends."""
+    sent = []
+
+    def hook(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda reduced: reduced.value()[0] / dist.get_world_size())
+
+    model.register_comm_hook(None, hook)
+    return sent
+
+
+def exploration_ends(directory: str) -> list[dict]:
+    """Bytes sent and bytes trained in each step, over the end of exploration; rank 0 saves where it led."""
+    model = make_ddp(explore_until=3)
+    sent = count_bytes(model)
+    optimizer = sgd(model)
+    TopKastController(model, optimizer)
+    steps = []
+    for tokens in token_batches(6):
+        trained = sum(parameter.nbytes for parameter in model.parameters())
+        with model.no_sync():
+            (loss_of(model, tokens.chunk(3)[dist.get_rank()]) / 2).backward()
+        step(model, optimizer, tokens.chunk(3)[2])
+        steps.append({"sent": sum(sent), "trained": trained})
+        sent.clear()
+    if dist.get_rank() == 0:
+        torch.save(whole(model.module), Path(directory) / "explored.pt")
+    return steps
+
+
+def refusal(run, second=None, seed: int = 0, **config) -> str:
+    model = make_ddp(seed, **config)
+    try:
+        run(model) if second is None else run(model, second(model))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def drift(model):
+    """Rank 1 loses its way between two refreshes."""
+    optimizer = sgd(model)
+    controller = TopKastController(model, optimizer)
+    if dist.get_rank() == 1:
+        _, layer = list(sparse_layers(model))[2]
+        layer.values.data.neg_().exp_()
+    controller.refresh()
+
+
+def one_nan(model):
+    """A number of rank 1 is lost."""
+    controller = TopKastController(model, sgd(model))
+    if dist.get_rank() == 1:
+        list(sparse_layers(model))[2][1].values.data[0] = torch.nan
+    controller.refresh()
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(200)  # where it hangs, should it hang
+    globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    if dist.is_initialized():
+        dist.destroy_process_group()
