@@ -47,6 +47,7 @@ class TopKastLayer(nn.Module):
         self.backend, self.reservoir_device = select_backend(backend), reservoir_device
         self.block_size = tuple(block_size)
         self.assignments = 0
+        self._counted = None
         pattern = Pattern.from_masks(active, backward, self.block_size)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         self.register_parameter("bias", dense.bias)
@@ -88,7 +89,10 @@ class TopKastLayer(nn.Module):
     @property
     def active_count(self) -> int:
         """|A|."""
-        return self._pattern(self.columns).active
+        # Once for each assignment: reading it off a GPU at every step would make the host wait for the GPU.
+        if self._counted is None or self._counted[0] != self.assignments:
+            self._counted = self.assignments, self._pattern(self.columns).active
+        return self._counted[1]
 
     @property
     def density(self) -> float:

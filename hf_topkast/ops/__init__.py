@@ -5,6 +5,9 @@ A backend is a module with three functions of one signature, `forward`, `grad_in
 `reference.py` for what each takes and returns. Which one runs is decided for each product by `implementation`.
 """
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -30,25 +33,41 @@ else:
 
 def select_backend(name: str) -> str:
     """
-    Checks the configuration's `backend`: `"auto"`, chosen at each product by device and dtype, or a key of `BACKENDS`.
+    Checks the configuration's `backend`: `"auto"`, chosen at each product by device and dtype, a key of `BACKENDS`, or
+    `"triton"`, which is imported only where it is asked for or a GPU is at work.
 
     Raises:
         ValueError: if there is no such backend; the message lists those there are.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not allowed: it must be 'auto' or one of {sorted(BACKENDS)}.")
+    if name == "triton" and not has_triton():
+        raise ValueError("backend='triton' needs Triton, which is not installed: pip install 'hf-topkast[gpu]'.")
+    if name not in ("auto", "triton", *BACKENDS):
+        raise ValueError(f"backend={name!r} is not allowed: it must be 'auto', 'triton' or one of {sorted(BACKENDS)}.")
     return name
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is beside the builds of torch for GPUs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def load_backend(name: str) -> ModuleType:
+    """The module of a backend that [`select_backend`] allows."""
+    return importlib.import_module(".triton", __package__) if name == "triton" else BACKENDS[name]
 
 
 def implementation(backend: str, product: str, x: Tensor, pattern: Pattern) -> ModuleType:
     """
     The module that runs a product with the dense operand `x`.
 
-    For `"auto"` it is the faster of the C++ backends, sparse kernels and expanded α, where they are built and `x` is
-    float32 or bfloat16 on the CPU, and the reference for anything else (float64, float16, other devices).
+    For `"auto"` it is the Triton kernels for a GPU, where Triton is installed; on the CPU, for float32 and bfloat16, the
+    faster of the C++ backends, sparse kernels and expanded α, where they are built; and the reference for anything else.
     """
     if backend != "auto":
-        return BACKENDS[backend]
+        return load_backend(backend)
+    if x.device.type == "cuda" and has_triton():
+        return load_backend("triton")
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         if "cpu" in BACKENDS:
             return BACKENDS["cpu" if costs.sparse_is_faster(product, x, pattern) else "expanded"]
@@ -71,7 +90,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         values (`torch.Tensor`): floating point, (|B|,), in the slot order of `pattern`.
         pattern ([`Pattern`]): where the values stand.
         bias (`torch.Tensor`, *optional*): (out,).
-        backend (`str`): `"auto"` or a key of `BACKENDS`.
+        backend (`str`): as [`select_backend`] allows.
 
     Returns:
         `torch.Tensor`: (..., out), in the dtype of `x`, or autocast's where autocast is on.

@@ -1,0 +1,44 @@
+"""
+The masked products on GPUs, in Triton: fp32, bf16 and fp16, sums in fp32.
+
+Blocks whose sides are multiples of 16 are multiplied as they are (`block_sparse.py`); any other pattern, and float64,
+goes through a dense α of one layer at a time (`expand.py`), which saves memory and no time.
+
+No product waits for the GPU, and none keeps anything between calls: a CUDA graph reads the pattern anew at each replay.
+With TRITON_INTERPRET=1, set before Triton is imported, the kernels run in Triton's interpreter, on CPU tensors too.
+"""
+
+import torch
+from torch import Tensor
+
+from ...pattern import Pattern
+from . import block_sparse, expand
+from .launch import as_rows, on_device
+
+
+def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
+    """y = x·αᵀ + b: (..., in) → (..., out), in the dtype of `x`."""
+    rows = as_rows(x, pattern.shape[1])
+    with on_device(x):
+        y = _kernels(x, pattern).forward(rows, values.contiguous(), pattern, bias)
+    return y.view(*x.shape[:-1], pattern.shape[0])
+
+
+def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    """dX = dY·α: (..., out) → (..., in), in the dtype of `dy`."""
+    rows = as_rows(dy, pattern.shape[0])
+    with on_device(dy):
+        dx = _kernels(dy, pattern).grad_input(rows, values.contiguous(), pattern)
+    return dx.view(*dy.shape[:-1], pattern.shape[1])
+
+
+def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+    """dW|B: the dense-formula gradient dYᵀX read at the slots of B, in the dtype of `x`. → (|B|,)."""
+    outer, rows = as_rows(dy, pattern.shape[0]), as_rows(x, pattern.shape[1])
+    with on_device(x):
+        return _kernels(x, pattern).grad_values(outer.to(x.dtype), rows, pattern)
+
+
+def _kernels(x: Tensor, pattern: Pattern):
+    whole_tiles = all(side % block_sparse.GRAIN == 0 for side in pattern.block_size)
+    return block_sparse if whole_tiles and x.dtype != torch.float64 else expand

@@ -1,0 +1,273 @@
+"""
+The products of patterns of blocks, on tensor cores: only the stored blocks are multiplied.
+
+A line of the layer is one row of blocks (in dX, one column). The features that its blocks multiply stand side by side,
+as if gathered, and are walked a tile at a time, whatever the blocks' own width; so small blocks share a product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...pattern import Pattern
+from .launch import INTERPRETED
+
+
+# Sides of blocks are multiples of this, the least that a tensor core multiplies.
+GRAIN = 16
+MAX_TILE = 128
+SEARCH_TILE = 256
+
+
+def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
+    configs = [
+        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features}, num_warps=warps, num_stages=stages)
+        for tokens, features, warps, stages in sizes
+    ]
+    return configs[:1] if INTERPRETED else configs  # there is nothing to tune in the interpreter
+
+
+# Tokens and gathered features of a tile, warps, stages.
+PRODUCT_CONFIGS = _configs((64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4))
+GRADIENT_CONFIGS = _configs((32, 64, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4))
+# What the best configuration depends on, beside dtypes.
+PRODUCT_KEY = ["scale", "lines", "x_features", "SIDE_N", "SIDE_K"]
+GRADIENT_KEY = ["scale", "out_features", "in_features", "HEIGHT", "WIDTH"]
+
+
+@triton.autotune(PRODUCT_CONFIGS, key=PRODUCT_KEY)
+@triton.jit(do_not_specialize=["scale"])
+def _product_kernel(
+    x,
+    values,
+    bias,
+    y,
+    bounds,
+    features,
+    slots,
+    tokens,
+    scale,
+    lines,
+    capacity,
+    x_features,
+    TRANSPOSED: tl.constexpr,
+    SIDE_N: tl.constexpr,
+    SIDE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """A tile of tokens times the blocks of one line, or of `TILE_N` of the `SIDE_N` outputs that a line has."""
+    # Lines next to each other share the tokens, which stay in the second cache meanwhile.
+    outputs = tl.program_id(0) % (lines * (SIDE_N // TILE_N))
+    line = outputs // (SIDE_N // TILE_N)
+    n = (outputs % (SIDE_N // TILE_N)) * TILE_N + tl.arange(0, TILE_N)
+    token = tl.program_id(0) // (lines * (SIDE_N // TILE_N)) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    present = token[:, None] < tokens
+    x_lines = x + token[:, None].to(tl.int64) * x_features
+    if TRANSPOSED:
+        first = line * capacity
+        count = tl.load(bounds + line) * SIDE_K
+    else:
+        first = tl.load(bounds + line).to(tl.int32)
+        count = (tl.load(bounds + line + 1).to(tl.int32) - first) * SIDE_K
+    total = tl.zeros((TILE_TOKENS, TILE_N), tl.float32)
+    for start in range(0, count, TILE_K):
+        k = start + tl.arange(0, TILE_K)
+        exists = k < count
+        entry = first + k // SIDE_K
+        feature = tl.load(features + entry, mask=exists, other=0).to(tl.int32) * SIDE_K + k % SIDE_K
+        feature = tl.max_contiguous(tl.multiple_of(feature, ALIGNED), ALIGNED)
+        inputs = tl.load(x_lines + feature[None, :], mask=present & exists[None, :], other=0)
+        if TRANSPOSED:
+            block = tl.load(slots + entry, mask=exists, other=0).to(tl.int64) * (SIDE_N * SIDE_K)
+            places = (block + k % SIDE_K * SIDE_N)[:, None] + n[None, :]
+        else:
+            block = entry.to(tl.int64) * (SIDE_N * SIDE_K)
+            places = (block + k % SIDE_K)[:, None] + n[None, :] * SIDE_K
+        weights = tl.load(values + places, mask=exists[:, None], other=0).to(inputs.dtype)
+        total = tl.dot(inputs, weights, total, input_precision=PRECISION)
+    if bias is not None:
+        total += tl.load(bias + line * SIDE_N + n).to(tl.float32)[None, :]
+    y_lines = y + token[:, None].to(tl.int64) * (lines * SIDE_N)
+    tl.store(y_lines + line * SIDE_N + n[None, :], total.to(y.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _transpose_kernel(
+    row_offsets, columns, counts, block_rows, slots, height, STEPS: tl.constexpr, TILE: tl.constexpr
+):
+    """The blocks of A in one column: their number, rows and slots, found by a binary search in each row."""
+    column = tl.program_id(0)
+    found = 0
+    for start in range(0, height, TILE):
+        row = start + tl.arange(0, TILE)
+        low = tl.load(row_offsets + row, mask=row < height, other=0).to(tl.int32)
+        end = tl.load(row_offsets + row + 1, mask=row < height, other=0).to(tl.int32)
+        high = end
+        for _ in range(STEPS):
+            middle = (low + high) // 2
+            open_ = low < high
+            before = tl.load(columns + middle, mask=open_, other=0).to(tl.int32) < column
+            low = tl.where(open_ & before, middle + 1, low)
+            high = tl.where(open_ & (before == 0), middle, high)
+        hit = tl.load(columns + low, mask=low < end, other=-1).to(tl.int32) == column
+        place = column * height + found + tl.cumsum(hit.to(tl.int32)) - 1
+        tl.store(block_rows + place, row, mask=hit)
+        tl.store(slots + place, low, mask=hit)
+        found += tl.sum(hit.to(tl.int32))
+    tl.store(counts + column, found)
+
+
+@triton.autotune(GRADIENT_CONFIGS, key=GRADIENT_KEY)
+@triton.jit(do_not_specialize=["scale"])
+def _gradient_kernel(
+    dy,
+    x,
+    gradient,
+    row_offsets,
+    columns,
+    tokens,
+    scale,
+    out_features,
+    in_features,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """The gradients of `TILE_K` features, as they stand side by side in a line of A or B\\A, at `TILE_N` outputs."""
+    # As many programs as a full line needs: how long each one is only the GPU knows, and most have nothing to do.
+    tiles = tl.cdiv(in_features, TILE_K)
+    start = tl.program_id(0) % tiles * TILE_K
+    outputs = tl.program_id(0) // tiles
+    line = outputs // (HEIGHT // TILE_N)
+    n = (outputs % (HEIGHT // TILE_N)) * TILE_N + tl.arange(0, TILE_N)
+    first = tl.load(row_offsets + line).to(tl.int32)
+    count = (tl.load(row_offsets + line + 1).to(tl.int32) - first) * WIDTH
+    if start < count:
+        k = start + tl.arange(0, TILE_K)
+        exists = k < count
+        entry = first + k // WIDTH
+        feature = tl.load(columns + entry, mask=exists, other=0).to(tl.int32) * WIDTH + k % WIDTH
+        output = line % (out_features // HEIGHT) * HEIGHT + n
+        total = tl.zeros((TILE_K, TILE_N), tl.float32)
+        for first_token in range(0, tokens, TILE_TOKENS):
+            token = (first_token + tl.arange(0, TILE_TOKENS))[:, None].to(tl.int64)
+            present = token < tokens
+            inputs = tl.load(x + token * in_features + feature[None, :], mask=present & exists[None, :], other=0)
+            outer = tl.load(dy + token * out_features + output[None, :], mask=present, other=0)
+            total = tl.dot(tl.trans(inputs), outer, total, input_precision=PRECISION)
+        places = (entry.to(tl.int64) * (HEIGHT * WIDTH) + k % WIDTH)[:, None] + n[None, :] * WIDTH
+        tl.store(gradient + places, total.to(gradient.dtype.element_ty), mask=exists[:, None])
+
+
+def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
+    """y = x·αᵀ + b: (tokens, in) → (tokens, out)."""
+    height, width = pattern.block_size
+    columns = pattern.columns
+    return _multiply(x, values, bias, pattern.row_offsets, columns, columns, False, pattern.shape, (height, width))
+
+
+def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    """dX = dY·α: (tokens, out) → (tokens, in)."""
+    height, width = pattern.block_size
+    counts, rows, slots = transposed(pattern)
+    return _multiply(dy, values, None, counts, rows, slots, True, pattern.shape[::-1], (width, height))
+
+
+def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block) -> Tensor:
+    (y_features, x_features), (side_n, side_k) = shape, block
+    y = torch.empty(len(x), y_features, dtype=x.dtype, device=x.device)
+    tile_n, lines = _tile(side_n), y_features // side_n
+
+    def grid(meta):
+        return (triton.cdiv(len(x), meta["TILE_TOKENS"]) * (y_features // tile_n),)
+
+    if y.numel():
+        _product_kernel[grid](
+            x,
+            values,
+            bias,
+            y,
+            bounds,
+            features,
+            slots,
+            len(x),
+            _scale(len(x)),
+            lines,
+            x_features // side_k,
+            x_features,
+            TRANSPOSED=transposed,
+            SIDE_N=side_n,
+            SIDE_K=side_k,
+            PRECISION=_precision(),
+            TILE_N=tile_n,
+            ALIGNED=GRAIN,
+        )
+    return y
+
+
+def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+    """dW|B: (tokens, out), (tokens, in), of one dtype → (|B|,)."""
+    (out_features, in_features), (height, width) = pattern.shape, pattern.block_size
+    gradient = torch.empty(pattern.stored, dtype=x.dtype, device=x.device)
+    tile_n = _tile(height)
+
+    def grid(meta):
+        return (triton.cdiv(in_features, meta["TILE_K"]) * 2 * (out_features // tile_n),)
+
+    _gradient_kernel[grid](
+        dy,
+        x,
+        gradient,
+        pattern.row_offsets,
+        pattern.columns,
+        len(x),
+        _scale(len(x)),
+        out_features,
+        in_features,
+        HEIGHT=height,
+        WIDTH=width,
+        PRECISION=_precision(),
+        TILE_N=tile_n,
+    )
+    return gradient
+
+
+def transposed(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    A by columns: how many blocks stand in each, and their rows and slots.
+
+    It is made anew at each call, by a kernel that is small beside the product: a copy kept between calls would be out
+    of date where a CUDA graph is replayed after a refresh.
+
+    Returns:
+        `tuple`: int32, (columns of blocks,), and twice (columns, rows), of which a column's first `count` are filled.
+    """
+    height, width = (size // side for size, side in zip(pattern.shape, pattern.block_size))
+    lists = torch.empty(2, width, height, dtype=torch.int32, device=pattern.columns.device)
+    counts = torch.empty(width, dtype=torch.int32, device=lists.device)
+    arrays = pattern.row_offsets, pattern.columns, counts, *lists
+    _transpose_kernel[(width,)](*arrays, height, STEPS=width.bit_length(), TILE=SEARCH_TILE)
+    return counts, *lists
+
+
+def _tile(side: int) -> int:
+    """The largest power of two that divides a block's side, as Triton's tiles are."""
+    return min(side & -side, MAX_TILE)
+
+
+def _scale(tokens: int) -> int:
+    """Few, some or many tokens: what is fast for the one is not for the other, and each is tuned apart."""
+    return (tokens > 64) + (tokens > 1024)
+
+
+def _precision() -> str:
+    """Whether fp32 operands may be rounded to tf32, as `torch.set_float32_matmul_precision` says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
