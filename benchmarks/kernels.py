@@ -1,14 +1,17 @@
-"""
+r"""
 How fast forward, dX and dW|B are against the dense products, token-major in and out, as a layer sees them.
 
     OMP_PROC_BIND=true OMP_PLACES={0},{1} python -m benchmarks.kernels --threads 2 --json kernels.json
 
 Each peer is timed in pairs with the dense product (torch.matmul), turn and turn about, and what is shown is the median
-of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is the share of the machine's
-multiply-add rate, taken from a dense product of 2048 × 2048 × 2048, that the peer reaches on the weights it needs.
-Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
+of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is how near the peer comes to the
+larger of two floors: the multiply-adds on the weights that the product needs, at the rate of a large dense product, and
+the bytes of its operands and result, each moved once, at the rate of a large copy. Both rates are measured first. Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
 simulated with dense tensors, which multiplies weights and gradients by masks; the weights of torch.sparse are
 transposed for dX beforehand, at no charge.
+
+    python -m benchmarks.kernels --device cuda --dtype bfloat16 --shapes 4096x4096 14336x4096 --tokens 16384 \
+        --block-size 64 64 --densities 0.2 0.1
 """
 
 import argparse
@@ -36,10 +39,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backward-ratio", type=float, default=1.0, help="size of B over size of A")
     parser.add_argument("--block-size", nargs=2, type=int, default=[1, 1], help="rows and columns of a block")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--peers", nargs="+", default=["auto", *BACKENDS, "masks", "torch.sparse"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--peers", nargs="+", help="default: auto, masks and what else runs on the device")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timings; the median is shown")
-    return parser.parse_args()
+    parser.add_argument("--calls", type=int, help="calls in a timing; default: 1, on a GPU 10")
+    arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    arguments.calls = arguments.calls or (10 if on_gpu else 1)
+    arguments.peers = arguments.peers or ["auto", *(["reference"] if on_gpu else [*BACKENDS, "torch.sparse"]), "masks"]
+    return arguments
 
 
 class Problem:
@@ -53,9 +61,10 @@ class Problem:
         backward_ratio: float,
         dtype: torch.dtype,
         block_size: tuple[int, int] = (1, 1),
+        device: str = "cpu",
     ):
         generator = torch.Generator().manual_seed(0)
-        self.theta = torch.randn(shape, generator=generator)
+        self.theta = torch.randn(shape, generator=generator).to(device)
         scores = block_norms(self.theta, block_size)
         shares = density, min(1.0, density * backward_ratio)
         sets = (top_mask(scores, set_size(scores.numel(), share)) for share in shares)
@@ -65,10 +74,15 @@ class Problem:
         self.theta = self.theta.to(dtype)
         self.alpha = self.theta * self.active
         sizes = self.pattern.active, self.pattern.stored
-        self.x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
-        self.dy = torch.randn(tokens, shape[0], generator=generator).to(dtype)
-        # Multiply-adds of each pass on the weights that it needs.
-        self.work = {name: tokens * size for name, size in zip(PASSES, (sizes[0], sizes[0], sizes[1]))}
+        self.x = torch.randn(tokens, shape[1], generator=generator).to(device, dtype)
+        self.dy = torch.randn(tokens, shape[0], generator=generator).to(device, dtype)
+        # Multiply-adds of each pass on the weights that it needs, and bytes: two dense operands, values and columns.
+        used = dict(zip(PASSES, (sizes[0], sizes[0], sizes[1])))
+        block = block_size[0] * block_size[1]
+        column = self.pattern.columns.element_size() / block
+        dense = (self.x.numel() + self.dy.numel()) * dtype.itemsize
+        self.work = {name: tokens * size for name, size in used.items()}
+        self.bytes = {name: dense + size * (dtype.itemsize + column) for name, size in used.items()}
 
     def dense(self):
         return {
@@ -109,29 +123,36 @@ class Problem:
         }
 
 
-def peak(dtype: torch.dtype) -> float:
-    """Multiply-adds per second of a large dense product, the best of ten."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return 2048**3 / min(interleaved({"product": lambda: a @ b}, 10)["product"])
+def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Multiply-adds per second of a large dense product, and bytes per second of a large copy, the best of ten each."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(4 * side, side, device=device)
+    target = torch.empty_like(source)
+    runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    seconds = interleaved(runs, 10, device)
+    return side**3 / min(seconds["product"]), 2 * source.nbytes / min(seconds["copy"])
 
 
-def measure(problem: Problem, peer: str, rounds: int, bound: float) -> dict:
+def measure(problem: Problem, peer: str, arguments: argparse.Namespace, limits: tuple[float, float]) -> dict:
     """One row of the table: per pass, and for the three together, by the sums of the medians."""
     dense_passes, peer_passes = problem.dense(), problem.peer(peer)
-    row = {}
+    row, floors = {}, []
     for name in PASSES:
-        seconds = interleaved({"dense": dense_passes[name], "peer": peer_passes[name]}, rounds)
+        runs = {"dense": dense_passes[name], "peer": peer_passes[name]}
+        seconds = interleaved(runs, arguments.rounds, arguments.device, arguments.calls)
         dense, other = seconds["dense"], seconds["peer"]
-        ratio = median_ratio(dense, other)
-        row[name] = cell(statistics.median(dense), statistics.median(other), ratio, problem.work[name] / bound)
+        floors.append(max(problem.work[name] / limits[0], problem.bytes[name] / limits[1]))
+        row[name] = cell(statistics.median(dense), statistics.median(other), median_ratio(dense, other), floors[-1])
     dense, other = (sum(row[name][key] for name in PASSES) / 1e3 for key in ("dense_ms", "peer_ms"))
-    row["together"] = cell(dense, other, dense / other, sum(problem.work.values()) / bound)
+    row["together"] = cell(dense, other, dense / other, sum(floors))
     return row
 
 
 def cell(dense: float, peer: float, ratio: float, least: float) -> dict:
-    """Seconds of both, and `least`, those that the work takes at the machine's rate."""
-    return {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "ratio": ratio, "bound": least / peer}
+    """Milliseconds of both, and of the floor, which no peer can undercut, with the share of it that the peer reaches."""
+    times = {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "floor_ms": 1e3 * least}
+    return {**times, "ratio": ratio, "bound": least / peer}
 
 
 def main():
@@ -139,19 +160,25 @@ def main():
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    bound = peak(dtype)
-    result = {"machine": machine(), "dtype": arguments.dtype, "peak_gflops": 2e-9 * bound, "rows": []}
-    print(" · ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    print(f"{arguments.dtype}, dense 2048³ at {2e-9 * bound:.0f} GFLOP/s; cells: dense/peer (peer ms, share of bound)")
+    limits = rates(dtype, arguments.device)
+    used = machine(arguments.device)
+    result = {"machine": used, "dtype": arguments.dtype, "block_size": arguments.block_size, "rows": []}
+    result.update(peak_gflops=2e-9 * limits[0], copy_gbytes_per_second=1e-9 * limits[1])
+    print(" · ".join(f"{key} {value}" for key, value in used.items()))
+    print(
+        f"{arguments.dtype}, blocks of {arguments.block_size[0]}×{arguments.block_size[1]}; dense product at "
+        f"{2e-9 * limits[0]:.0f} GFLOP/s, copy at {1e-9 * limits[1]:.0f} GB/s; cells: dense/peer (peer ms, floor/peer)"
+    )
     print("| out × in | tokens | density | peer | forward | dX | dW at B | together |\n" + "| --- " * 8 + "|")
     for shape in arguments.shapes:
         out_features, in_features = map(int, shape.split("x"))
         for tokens in arguments.tokens:
             for density in arguments.densities:
                 size = (out_features, in_features)
-                problem = Problem(size, tokens, density, arguments.backward_ratio, dtype, arguments.block_size)
+                settings = arguments.backward_ratio, dtype, arguments.block_size, arguments.device
+                problem = Problem(size, tokens, density, *settings)
                 for peer in arguments.peers:
-                    row = measure(problem, peer, arguments.rounds, bound)
+                    row = measure(problem, peer, arguments, limits)
                     result["rows"].append({"shape": size, "tokens": tokens, "density": density, "peer": peer, **row})
                     cells = [f"{c['ratio']:.2f} ({c['peer_ms']:.3g}, {c['bound']:.0%})" for c in row.values()]
                     print("|", " | ".join([shape, str(tokens), f"{density:g}", peer, *cells]), "|", flush=True)
@@ -161,7 +188,7 @@ def main():
         names = list(dict.fromkeys(name_of(row) for row in result["rows"]))
         peers = {peer: [row for row in result["rows"] if row["peer"] == peer] for peer in arguments.peers}
         series = {peer: [row["together"]["ratio"] for row in rows] for peer, rows in peers.items()}
-        plot_bars(names, series, arguments.plot)
+        plot_bars(names, series, arguments.plot, used)
 
 
 def name_of(row: dict) -> str:

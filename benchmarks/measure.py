@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,30 +16,48 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_topkast
-from hf_topkast.ops import BACKENDS
+from hf_topkast.ops import BACKENDS, has_triton
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+# GPT-2's shapes, by name: layers, width, vocabulary and context.
+MODELS = {
+    "gpt2-small": {"layers": 12, "width": 768, "vocabulary": 50257, "context": 1024},
+    "350M": {"layers": 24, "width": 1024, "vocabulary": 50257, "context": 1024},
+    "1B": {"layers": 18, "width": 2048, "vocabulary": 50257, "context": 1024},
+}
+
+
+def clock(device: str) -> float:
+    """Seconds, read when the device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", calls: int = 1
+) -> dict[str, list[float]]:
     """
     Times functions in turn, round by round, so that whatever disturbs the machine meets all of them.
 
     Args:
         runs (`dict[str, Callable]`): what to time, by name; each is called once before the clock starts.
-        rounds (`int`): calls of each.
+        rounds (`int`): timings of each.
+        device (`str`, *optional*, defaults to `"cpu"`): where they run; `"cuda"` is waited for.
+        calls (`int`, *optional*, defaults to 1): calls in a timing. On a GPU several hide the way from host to device.
 
     Returns:
-        `dict[str, list[float]]`: seconds of each round, by name.
+        `dict[str, list[float]]`: seconds of a call, for each round, by name.
     """
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            start = clock(device)
+            for _ in range(calls):
+                run()
+            seconds[name].append((clock(device) - start) / calls)
     return seconds
 
 
@@ -66,13 +85,16 @@ def make_gpt2(layers: int, width: int, positions: int, vocabulary: int, seed: in
     return GPT2LMHeadModel(config)
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """Processor or GPU, threads, versions and date of a measurement."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    if device == "cuda":
+        kernels = f"Triton {metadata.version('triton')}" if has_triton() else "reference"
+    else:
+        kernels = BACKENDS["cpu"].isa if "cpu" in BACKENDS else "reference"
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": str(torch.get_num_threads()),
-        "kernels": BACKENDS["cpu"].isa if "cpu" in BACKENDS else "reference",
+        "kernels": kernels,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_topkast": hf_topkast.__version__,
@@ -92,12 +114,26 @@ def cpu_name() -> str:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A command line with `--json`, `--plot` and `--threads`."""
+    """A command line with `--device`, `--json`, `--plot` and `--threads`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="write the measurement to this file")
     parser.add_argument("--plot", type=Path, help="draw it into this image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser, **defaults: int):
+    """Adds `--layers`, `--width`, `--vocabulary`, `--context` and `--batch`, and `--model`, which sets the first four."""
+
+    class Preset(argparse.Action):
+        def __call__(self, parser, namespace, name, option_string=None):
+            vars(namespace).update(MODELS[name])
+
+    parser.add_argument("--model", action=Preset, choices=MODELS, help="shapes of a GPT-2; later options change them")
+    for name in ("layers", "width", "vocabulary", "context", "batch"):
+        parser.add_argument(f"--{name}", type=int, default=defaults[name], help="default: %(default)s")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16; the weights stay float32")
 
 
 def report(rows: list[dict], arguments: argparse.Namespace, bars: list[str]):
@@ -109,20 +145,21 @@ def report(rows: list[dict], arguments: argparse.Namespace, bars: list[str]):
         arguments (`argparse.Namespace`): of a parser made by [`make_parser`].
         bars (`list[str]`): the keys to draw, ratios of dense to sparse.
     """
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    used = machine(arguments.device)
+    print(", ".join(f"{key} {value}" for key, value in used.items()))
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + " --- |" * len(rows[0]))
     for row in rows:
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
         print("| " + " | ".join(cells) + " |")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"machine": used, "rows": rows}, indent=2) + "\n")
     if arguments.plot:
         names = [", ".join(str(value) for value in list(row.values())[:2]) for row in rows]
-        plot_bars(names, {bar: [row[bar] for row in rows] for bar in bars}, arguments.plot)
+        plot_bars(names, {bar: [row[bar] for row in rows] for bar in bars}, arguments.plot, used)
 
 
-def plot_bars(names: list[str], series: dict[str, list[float]], path: Path):
+def plot_bars(names: list[str], series: dict[str, list[float]], path: Path, used: dict[str, str]):
     """Draws groups of bars, one group a name and one colour a series, with a line at 1: as dense."""
     figure = Figure(figsize=(max(6, 0.9 * len(names)), 4), layout="constrained")
     axes = figure.subplots()
@@ -131,7 +168,7 @@ def plot_bars(names: list[str], series: dict[str, list[float]], path: Path):
         axes.bar([group + place * width for group in range(len(names))], values, width, label=label)
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(names))], names, rotation=30, ha="right")
-    axes.set(title=f"{machine()['device']}, {machine()['date']}")
+    axes.set(title=f"{used['device']}, {used['date']}")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -9,6 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that th
 from pathlib import Path
 
 import pytest
+import torch
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported anywhere: it interprets its kernels then
+
 from toy_models import MAKERS
 from transformers.utils import logging
 

@@ -20,23 +20,23 @@ MAX_TILE = 128
 SEARCH_TILE = 256
 
 
-def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
-    configs = [
-        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features}, num_warps=warps, num_stages=stages)
-        for tokens, features, warps, stages in sizes
-    ]
-    return configs[:1] if INTERPRETED else configs  # there is nothing to tune in the interpreter
-
-
 # Tokens and gathered features of a tile, warps, stages.
-PRODUCT_CONFIGS = _configs((64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4))
-GRADIENT_CONFIGS = _configs((32, 64, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4))
+PRODUCT_TILES = [(64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4)]
+GRADIENT_TILES = [(32, 64, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4)]
 # What the best configuration depends on, beside dtypes.
 PRODUCT_KEY = ["scale", "lines", "x_features", "SIDE_N", "SIDE_K"]
 GRADIENT_KEY = ["scale", "out_features", "in_features", "HEIGHT", "WIDTH"]
 
 
-@triton.autotune(PRODUCT_CONFIGS, key=PRODUCT_KEY)
+def configurations(tiles: list[tuple[int, int, int, int]]) -> list[triton.Config]:
+    """What Triton's autotuner tries; in the interpreter, where there is nothing to gain, the first one alone."""
+    return [
+        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features}, num_warps=warps, num_stages=stages)
+        for tokens, features, warps, stages in (tiles[:1] if INTERPRETED else tiles)
+    ]
+
+
+@triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY)
 @triton.jit(do_not_specialize=["scale"])
 def _product_kernel(
     x,
@@ -122,7 +122,7 @@ def _transpose_kernel(
     tl.store(counts + column, found)
 
 
-@triton.autotune(GRADIENT_CONFIGS, key=GRADIENT_KEY)
+@triton.autotune(configurations(GRADIENT_TILES), key=GRADIENT_KEY)
 @triton.jit(do_not_specialize=["scale"])
 def _gradient_kernel(
     dy,
@@ -206,7 +206,7 @@ def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block
             TRANSPOSED=transposed,
             SIDE_N=side_n,
             SIDE_K=side_k,
-            PRECISION=_precision(),
+            PRECISION=precision(),
             TILE_N=tile_n,
             ALIGNED=GRAIN,
         )
@@ -234,7 +234,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         in_features,
         HEIGHT=height,
         WIDTH=width,
-        PRECISION=_precision(),
+        PRECISION=precision(),
         TILE_N=tile_n,
     )
     return gradient
@@ -268,6 +268,6 @@ def _scale(tokens: int) -> int:
     return (tokens > 64) + (tokens > 1024)
 
 
-def _precision() -> str:
+def precision() -> str:
     """Whether fp32 operands may be rounded to tf32, as `torch.set_float32_matmul_precision` says."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
