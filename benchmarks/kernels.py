@@ -5,10 +5,13 @@ How fast forward, dX and dW|B are against the dense products, token-major in and
 
 Each peer is timed in pairs with the dense product (torch.matmul), turn and turn about, and what is shown is the median
 of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is how near the peer comes to the
-larger of two floors: the multiply-adds on the weights that the product needs, at the rate of a large dense product, and
-the bytes of its operands and result, each moved once, at the rate of a large copy. Both rates are measured first. Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
+larger of two floors: the multiply-adds on the weights that the product needs, at the rate of a large dense product,
+and the bytes of its operands and result, each moved once, at the rate of a large copy. Both rates are measured first.
+Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
 simulated with dense tensors, which multiplies weights and gradients by masks; the weights of torch.sparse are
 transposed for dX beforehand, at no charge.
+
+On a GPU:
 
     python -m benchmarks.kernels --device cuda --dtype bfloat16 --shapes 4096x4096 14336x4096 --tokens 16384 \
         --block-size 64 64 --densities 0.2 0.1
@@ -124,7 +127,7 @@ class Problem:
 
 
 def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Multiply-adds per second of a large dense product, and bytes per second of a large copy, the best of ten each."""
+    """Multiply-adds per second of a large dense product, and bytes per second of a large copy: the best of ten each."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.randn(4 * side, side, device=device)
@@ -150,7 +153,7 @@ def measure(problem: Problem, peer: str, arguments: argparse.Namespace, limits: 
 
 
 def cell(dense: float, peer: float, ratio: float, least: float) -> dict:
-    """Milliseconds of both, and of the floor, which no peer can undercut, with the share of it that the peer reaches."""
+    """Milliseconds of both and of the floor, which no peer can undercut."""
     times = {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "floor_ms": 1e3 * least}
     return {**times, "ratio": ratio, "bound": least / peer}
 

@@ -124,7 +124,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_model(parser: argparse.ArgumentParser, **defaults: int):
-    """Adds `--layers`, `--width`, `--vocabulary`, `--context` and `--batch`, and `--model`, which sets the first four."""
+    """Adds `--layers`, `--width`, `--vocabulary`, `--context`, `--batch`, `--model`, which sets four, and `--bf16`."""
 
     class Preset(argparse.Action):
         def __call__(self, parser, namespace, name, option_string=None):

@@ -50,7 +50,9 @@ def projection_seconds(model, tokens: int, dtype: torch.dtype, rounds: int = 5) 
     shapes = [tuple(module.weight.shape) for module in model.modules() if isinstance(module, Conv1D)]
     device = model.device.type
     problems = {
-        (n_in, n_out): [torch.randn(*size, device=device).to(dtype) for size in ((tokens, n_in), (n_in, n_out), (tokens, n_out))]
+        (n_in, n_out): [
+            torch.randn(*size, device=device).to(dtype) for size in ((tokens, n_in), (n_in, n_out), (tokens, n_out))
+        ]
         for n_in, n_out in shapes
     }
 
@@ -91,7 +93,9 @@ def main():
         dense_step, sparse_step = (statistics.median(seconds[name]) for name in ("dense", "sparse"))
         controller.refresh()
         refresh = controller.refresh_seconds / (100 * sparse_step)
-        rest = dense_step - projection_seconds(dense.model, tokens.numel(), torch.bfloat16 if args.bf16 else torch.float32)
+        rest = dense_step - projection_seconds(
+            dense.model, tokens.numel(), torch.bfloat16 if args.bf16 else torch.float32
+        )
         rows.append(
             {
                 "block": "{}×{}".format(*args.block_size),

@@ -13,7 +13,9 @@ import torch
 
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported anywhere: it interprets its kernels then
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported anywhere: it interprets its kernels then
 
 from toy_models import MAKERS
 from transformers.utils import logging

@@ -61,8 +61,8 @@ def implementation(backend: str, product: str, x: Tensor, pattern: Pattern) -> M
     """
     The module that runs a product with the dense operand `x`.
 
-    For `"auto"` it is the Triton kernels for a GPU, where Triton is installed; on the CPU, for float32 and bfloat16, the
-    faster of the C++ backends, sparse kernels and expanded α, where they are built; and the reference for anything else.
+    For `"auto"` it is the Triton kernels on a GPU, where Triton is installed; on the CPU, in float32 and bfloat16, the
+    faster of the C++ backends, sparse kernels and expanded α, where they are built; and else the reference.
     """
     if backend != "auto":
         return load_backend(backend)

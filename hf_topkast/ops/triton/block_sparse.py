@@ -18,6 +18,7 @@ from .launch import INTERPRETED
 GRAIN = 16
 MAX_TILE = 128
 SEARCH_TILE = 256
+WIDEN = tl.constexpr(INTERPRETED)
 
 
 # Tokens and gathered features of a tile, warps, stages.
@@ -34,6 +35,14 @@ def configurations(tiles: list[tuple[int, int, int, int]]) -> list[triton.Config
         triton.Config({"TILE_TOKENS": tokens, "TILE_K": features}, num_warps=warps, num_stages=stages)
         for tokens, features, warps, stages in (tiles[:1] if INTERPRETED else tiles)
     ]
+
+
+@triton.jit
+def _add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a·b."""
+    if WIDEN:  # the interpreter would multiply the bits of bf16; in fp32 the products are those of a tensor core
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY)
@@ -89,7 +98,7 @@ def _product_kernel(
             block = entry.to(tl.int64) * (SIDE_N * SIDE_K)
             places = (block + k % SIDE_K)[:, None] + n[None, :] * SIDE_K
         weights = tl.load(values + places, mask=exists[:, None], other=0).to(inputs.dtype)
-        total = tl.dot(inputs, weights, total, input_precision=PRECISION)
+        total = _add_product(total, inputs, weights, PRECISION)
     if bias is not None:
         total += tl.load(bias + line * SIDE_N + n).to(tl.float32)[None, :]
     y_lines = y + token[:, None].to(tl.int64) * (lines * SIDE_N)
@@ -162,7 +171,7 @@ def _gradient_kernel(
             present = token < tokens
             inputs = tl.load(x + token * in_features + feature[None, :], mask=present & exists[None, :], other=0)
             outer = tl.load(dy + token * out_features + output[None, :], mask=present, other=0)
-            total = tl.dot(tl.trans(inputs), outer, total, input_precision=PRECISION)
+            total = _add_product(total, tl.trans(inputs), outer, PRECISION)
         places = (entry.to(tl.int64) * (HEIGHT * WIDTH) + k % WIDTH)[:, None] + n[None, :] * WIDTH
         tl.store(gradient + places, total.to(gradient.dtype.element_ty), mask=exists[:, None])
 
