@@ -35,7 +35,7 @@ def crossover(ratios: list[float]) -> float:
 
 def main():
     """Prints the table."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, devices=("cpu",))
     parser.add_argument("--shapes", nargs="+", default=["768x768", "2048x2048"], help="out x in")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)

@@ -29,9 +29,9 @@ def main():
     torch.set_num_threads(args.threads)
 
     def model():
-        return make_gpt2(args.layers, args.width, 256, args.vocabulary).eval()
+        return make_gpt2(args.layers, args.width, 256, args.vocabulary).to(args.device).eval()
 
-    prompt = torch.randint(1, args.vocabulary, (1, 8))
+    prompt = torch.randint(1, args.vocabulary, (1, 8), device=args.device)
 
     def generator(model):
         length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
@@ -43,7 +43,7 @@ def main():
     for density, backward_density in ((0.2, 0.4), (0.2, 0.2), (0.1, 0.1), (0.05, 0.05)):
         sparse = sparsify(model(), density=density, backward_density=backward_density)
         runs = {"dense": generator(model()), "sparse": generator(sparse)}
-        seconds = interleaved(runs, args.rounds)
+        seconds = interleaved(runs, args.rounds, args.device)
         rate = {name: args.new_tokens / statistics.median(seconds[name]) for name in runs}
         rows.append(
             {

@@ -127,7 +127,7 @@ class Problem:
 
 
 def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Multiply-adds per second of a large dense product, and bytes per second of a large copy: the best of ten each."""
+    """Multiply-adds per second of a large dense product, bytes per second of a large copy: the best of ten."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.randn(4 * side, side, device=device)

@@ -113,10 +113,10 @@ def cpu_name() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> argparse.ArgumentParser:
     """A command line with `--device`, `--json`, `--plot` and `--threads`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=devices)
     parser.add_argument("--json", type=Path, help="write the measurement to this file")
     parser.add_argument("--plot", type=Path, help="draw it into this image")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")

@@ -4,16 +4,17 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import generate, kernels, measure, memory, scaling, step_time
 
 
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
 RUNS = {
-    memory: TINY,
+    memory: [*TINY, "--context", "8"],
     scaling: ["--plan"],  # the measurement starts many processes
     generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
-    step_time: [*TINY, "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
+    step_time: [*TINY, "--bf16", "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
     kernels: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--rounds", "1", "--block-size", "4", "1"],
 }
 
@@ -37,6 +38,25 @@ def test_interleaved_pairs():
     assert order == ["a", "b"] * 4
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert measure.median_ratio([2, 4, 30], [1, 1, 10]) == 3
+    order.clear()
+    measure.interleaved({"a": lambda: order.append("a")}, rounds=2, calls=3)
+    assert len(order) == 1 + 2 * 3
+
+
+def test_a_model_by_name_sets_the_sizes_and_later_options_change_them():
+    parser = measure.make_parser("")
+    measure.add_model(parser, layers=1, width=2, vocabulary=3, context=4, batch=5)
+    chosen = parser.parse_args(["--model", "1B", "--context", "512"])
+    assert (chosen.layers, chosen.width, chosen.context, chosen.batch) == (18, 2048, 512, 5)
+    assert vars(parser.parse_args([]))["layers"] == 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("gpt2-small", 124e6), ("350M", 355e6), ("1B", 1.01e9)])
+def test_models_have_the_sizes_of_their_names(name, size):
+    shape = measure.MODELS[name]
+    with torch.device("meta"):
+        model = measure.make_gpt2(shape["layers"], shape["width"], shape["context"], shape["vocabulary"])
+    assert model.num_parameters() == pytest.approx(size, rel=0.01)
 
 
 def test_crossover_lies_where_the_ratios_pass_one():

@@ -4,8 +4,8 @@ The masked products on GPUs, in Triton: fp32, bf16 and fp16, sums in fp32.
 Blocks whose sides are multiples of 16 are multiplied as they are (`block_sparse.py`); any other pattern, and float64,
 goes through a dense α of one layer at a time (`expand.py`), which saves memory and no time.
 
-No product waits for the GPU, and none keeps anything between calls, so that a CUDA graph reads the pattern anew at each
-replay. With TRITON_INTERPRET=1, set before Triton is imported, the kernels run in Triton's interpreter, on CPU tensors.
+No product waits for the GPU, and none keeps anything between calls, so that a CUDA graph reads the pattern anew at
+each replay. With TRITON_INTERPRET=1, set before Triton is imported, the kernels run on the CPU in its interpreter.
 """
 
 import torch
