@@ -1,6 +1,7 @@
 """What a user may set: one validated dataclass, for `HfArgumentParser`, JSON and `config.json` alike."""
 
 import copy
+import json
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -21,14 +22,33 @@ class TopKastConfig(QuantizationConfigMixin):
     `quantization_config`: that is how `from_pretrained` learns that a checkpoint holds sparse layers.
 
     Args:
-        density (`float`, *optional*, defaults to 0.2):
-            Share of each layer's weights in the active set A, in (0, 1]. The paper's "80% forward sparsity" is 0.2.
+        density (`float` or `str`, *optional*, defaults to 0.2):
+            Share of the weights in the active set A, in (0, 1]. The paper's "80% forward sparsity" is 0.2.
+            `"nonzero"`: in each layer as many as are not zero, for a model that was pruned before.
         backward_density (`float`, *optional*, defaults to `min(1, 2 * density)`):
-            Share of each layer's weights in B, the active and the exploration set together, in [density, 1].
+            Share of the weights in B, the active and the exploration set together, in [density, 1]. With
+            `density="nonzero"` a layer's B defaults to twice its A, with `method="static"` to A.
         refresh_every (`int`, *optional*, defaults to 100):
             Optimizer steps between two choices of A and B (the paper's N).
         explore_until (`int` or `float`, *optional*):
             Fraction of training (up to 1) or optimizer step (above 1) after which B becomes A. `None`: never.
+        initial_density (`float`, *optional*):
+            Density before the first step, from which it moves to `density`, that of B in proportion. `None`: no
+            schedule.
+        density_schedule (`str`, *optional*, defaults to `"cubic"`):
+            How it moves: `"linear"`, `"cubic"` (fast at first, as in gradual magnitude pruning) or `"cosine"`.
+        schedule_begin (`int` or `float`, *optional*, defaults to 0):
+            Fraction of training (up to 1) or optimizer step (above 1) at which it begins to move.
+        schedule_end (`int` or `float`, *optional*, defaults to 0.5):
+            The same for the end. There is a refresh at that step, whatever `refresh_every` is.
+        distribution (`str`, *optional*, defaults to `"uniform"`):
+            How `density` is shared out: `"uniform"`, the same for every layer; `"erdos_renyi"`, in proportion to
+            (out + in) / (out · in); `"global"`, the largest weights of all layers together.
+        density_overrides (`dict[str, float]`, *optional*):
+            Densities of single layers: a regular expression for a layer's whole name, and its density. The first
+            match counts; `density` and `distribution` are for the layers that none names.
+        split_fused (`bool`, *optional*, defaults to `False`):
+            Whether the query, key and value rows of a fused projection, or its gate and up, get sets of their own.
         penalty (`float`, *optional*, defaults to 1e-4):
             Coefficient λ of the exploration penalty λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density) (the paper's §2.3).
         penalty_mode (`str`, *optional*, defaults to `"coupled"`):
@@ -38,7 +58,8 @@ class TopKastConfig(QuantizationConfigMixin):
         exploration_lr_scale (`float`, *optional*, defaults to 1.0):
             Factor on the optimizer's change of the values in B\\A. 1 is the paper.
         method (`str`, *optional*, defaults to `"topkast"`):
-            Rule that chooses A and B, a key of `hf_topkast.methods.METHODS`.
+            Rule that chooses A and B, a key of `hf_topkast.methods.METHODS`: `"topkast"`, or `"static"`, which never
+            changes them again.
         block_size (`int` or `tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Rows (out) and columns (in) of the blocks that the sets hold as a whole, ranked by their L2 norm; one
             number for squares. They must divide every sparse layer's shape. Densities count blocks then.
@@ -57,14 +78,47 @@ class TopKastConfig(QuantizationConfigMixin):
         ValueError: if a field is out of range; the message names the field, the value and what is allowed.
     """
 
-    density: float = field(default=0.2, metadata={"help": "Share of each layer's weights in A, in (0, 1]."})
+    # None is not allowed, but HfArgumentParser takes the second type of three, and a union of two for a number.
+    density: float | str | None = field(
+        default=0.2, metadata={"help": "Share of the weights in A, in (0, 1], or 'nonzero' for a pruned model."}
+    )
     backward_density: float | None = field(
-        default=None, metadata={"help": "Share of each layer's weights in B ⊇ A. Default: min(1, 2 * density)."}
+        default=None,
+        metadata={"help": "Share of the weights in B ⊇ A. Default: min(1, 2 * density); that of A if static."},
     )
     refresh_every: int = field(default=100, metadata={"help": "Optimizer steps between two choices of A and B."})
     explore_until: float | None = field(
         default=None,
         metadata={"help": "Fraction of training (<= 1) or step (> 1) after which B becomes A. Default: never."},
+    )
+    initial_density: float | None = field(
+        default=None, metadata={"help": "Density before the first step. Default: no schedule, always `density`."}
+    )
+    density_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the density moves from `initial_density` to `density`. Default: cubic.",
+            "choices": ["linear", "cubic", "cosine"],
+        },
+    )
+    schedule_begin: float | None = field(
+        default=None, metadata={"help": "Fraction of training (<= 1) or step (> 1) at which it begins. Default: 0."}
+    )
+    schedule_end: float | None = field(
+        default=None, metadata={"help": "Fraction of training (<= 1) or step (> 1) at which it ends. Default: 0.5."}
+    )
+    distribution: str = field(
+        default="uniform",
+        metadata={
+            "help": "How `density` is shared out among the layers.",
+            "choices": ["uniform", "erdos_renyi", "global"],
+        },
+    )
+    density_overrides: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Densities of single layers: a mapping, or JSON, of regex to density."}
+    )
+    split_fused: bool = field(
+        default=False, metadata={"help": "Whether each part of a fused projection gets sets of its own."}
     )
     penalty: float = field(default=1e-4, metadata={"help": "Coefficient of the exploration penalty, >= 0."})
     penalty_mode: str = field(
@@ -102,29 +156,80 @@ class TopKastConfig(QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
 
     def __post_init__(self):
-        _check(0 < _number(self.density) <= 1, "density", self.density, "a number in (0, 1]")
-        if self.backward_density is None:
-            self.backward_density = min(1.0, 2 * self.density)
-        allowed = f"a number in [density, 1] = [{self.density}, 1]: B contains A"
-        backward = _number(self.backward_density)
-        _check(self.density <= backward <= 1, "backward_density", self.backward_density, allowed)
+        self._check_densities()
         allowed = "a whole number of optimizer steps, at least 1"
         _check(_whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
-        if self.explore_until is not None:
-            until = _number(self.explore_until)
-            allowed = "a fraction of training in [0, 1], a step (a whole number above 1), or None"
-            _check(0 <= until <= 1 or _whole(until) > 1, "explore_until", self.explore_until, allowed)
+        self._check_moment("explore_until")
+        self._check_schedule()
+        self._check_overrides()
         for name in ("penalty", "exploration_lr_scale"):
             value = getattr(self, name)
             _check(0 <= _number(value) < math.inf, name, value, "a finite number, at least 0")
         for spec in fields(self):
             choices = spec.metadata.get("choices")
-            if choices:
-                value = getattr(self, spec.name)
+            value = getattr(self, spec.name)
+            if choices and (value is not None or spec.default is not None):
                 _check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
         self._check_block_size()
         for name in ("target_modules", "exclude_modules"):
             self._check_module_rule(name)
+
+    def _check_densities(self):
+        if isinstance(self.density, str) and self.density != "nonzero":
+            self.density = _parsed(self.density, float)  # from the command line
+        if self.density == "nonzero":
+            least = 0
+            allowed = "'uniform' with density='nonzero': the zeros say how dense each layer is"
+            _check(self.distribution == "uniform", "distribution", self.distribution, allowed)
+        else:
+            _check(0 < _number(self.density) <= 1, "density", self.density, "a number in (0, 1], or 'nonzero'")
+            least = self.density
+            if self.backward_density is None:
+                self.backward_density = self.density if self.method == "static" else min(1.0, 2 * self.density)
+        if self.backward_density is not None:
+            allowed = f"a number in [density, 1] = [{least}, 1]: B contains A"
+            _check(least <= _number(self.backward_density) <= 1, "backward_density", self.backward_density, allowed)
+
+    def _check_moment(self, name: str):
+        value = getattr(self, name)
+        if value is not None:
+            allowed = "a fraction of training in [0, 1], a step (a whole number above 1), or None"
+            _check(0 <= _number(value) <= 1 or _whole(value) > 1, name, value, allowed)
+
+    def _check_schedule(self):
+        defaults = {"density_schedule": "cubic", "schedule_begin": 0.0, "schedule_end": 0.5}
+        if self.initial_density is None:
+            for name in defaults:
+                value = getattr(self, name)
+                _check(value is None, name, value, "left out where initial_density is not given: no density changes")
+            return
+        _check(0 < _number(self.initial_density) <= 1, "initial_density", self.initial_density, "a number in (0, 1]")
+        allowed = "left out with density='nonzero' and with method='static': those keep their sizes"
+        _check(self.density != "nonzero" and self.method != "static", "initial_density", self.initial_density, allowed)
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for name in ("schedule_begin", "schedule_end"):
+            self._check_moment(name)
+        if (self.schedule_begin > 1) == (self.schedule_end > 1):  # else only the number of steps can tell
+            allowed = f"below schedule_end={self.schedule_end!r}"
+            _check(self.schedule_begin < self.schedule_end, "schedule_begin", self.schedule_begin, allowed)
+
+    def _check_overrides(self):
+        if isinstance(self.density_overrides, str):
+            self.density_overrides = _parsed(self.density_overrides, json.loads)
+        overrides = self.density_overrides
+        if overrides is None:
+            return
+        allowed = "a mapping of regular expressions to densities in (0, 1]"
+        valid = isinstance(overrides, dict) and all(
+            isinstance(key, str) and 0 < _number(value) <= 1 for key, value in overrides.items()
+        )
+        _check(valid, "density_overrides", overrides, allowed)
+        for pattern in overrides:
+            _check_regex("density_overrides", pattern)
+        allowed = "left out with density='nonzero': the zeros say how dense each layer is"
+        _check(self.density != "nonzero", "density_overrides", overrides, allowed)
 
     def _check_block_size(self):
         size = [1] if self.block_size is None else self.block_size
@@ -137,12 +242,7 @@ class TopKastConfig(QuantizationConfigMixin):
     def _check_module_rule(self, name: str):
         rule = getattr(self, name)
         if isinstance(rule, str):
-            try:
-                re.compile(rule)
-            except re.error as error:
-                raise ValueError(
-                    f"{name}={rule!r} is not a regular expression ({error}); a list of names is matched by suffix."
-                ) from error
+            _check_regex(name, rule)
         elif rule is not None:
             names = isinstance(rule, list | tuple | set) and all(isinstance(entry, str) for entry in rule)
             _check(names, name, rule, "a list of module names, one regular expression, or None")
@@ -184,6 +284,23 @@ def _whole(value: Any) -> float:
     """The value if it is a finite whole number, else NaN."""
     number = _number(value)
     return number if math.isfinite(number) and number == int(number) else math.nan
+
+
+def _parsed(text: str, parse) -> Any:
+    """What the command line's text stands for, or the text itself, which the field's check then refuses."""
+    try:
+        return parse(text)
+    except ValueError:
+        return text
+
+
+def _check_regex(name: str, pattern: str):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name}={pattern!r} is not a regular expression ({error}); a list of names is matched by suffix."
+        ) from error
 
 
 def _check(valid: bool, name: str, value: Any, allowed: str):

@@ -21,11 +21,11 @@ from .distributed import (
     sum_over_ranks,
     world_size,
 )
-from .methods import choose_sets
 from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
-from .schedule import backward_density_at, exploration_end, refresh_due
+from .plan import SetPlan, Sizes
+from .schedule import density_window, refresh_due, resolve_step, way_left
 from .selection import check_finite
-from .surgery import sparse_info, sparse_layers
+from .surgery import sparse_info, sparse_layers, sparse_root
 
 
 logger = logging.get_logger(__name__)
@@ -44,12 +44,13 @@ class TopKastController:
     Args:
         model (`torch.nn.Module`): a model that [`sparsify`] has made sparse, wrapped or not.
         optimizer (`torch.optim.Optimizer`): the one that trains it, wrapped by Accelerate or not.
-        total_steps (`int`, *optional*): optimizer steps of the training; needed where `explore_until` is a fraction.
+        total_steps (`int`, *optional*): optimizer steps of the training; needed where `explore_until`,
+            `schedule_begin` or `schedule_end` is a fraction.
 
     Raises:
         ValueError: if the model has no sparse layer, if the optimizer cannot be used (the message names it and says
-            why), does not hold a trainable layer's values or has a controller already, or if `explore_until` is a
-            fraction and `total_steps` is not given.
+            why), does not hold a trainable layer's values or has a controller already, or if a schedule needs
+            `total_steps` and it is not given.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
@@ -58,9 +59,19 @@ class TopKastController:
         self._group = None if self._ddp is None else self._ddp.process_group
         model = model if self._ddp is None else self._ddp.module
         self.config = self._info.config
-        self.layers: dict[str, TopKastLayer] = dict(sparse_layers(model))
+        root = sparse_root(model)
+        self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self.optimizer = unwrap_optimizer(optimizer)
-        self._exploration_end = exploration_end(self.config.explore_until, total_steps)
+        shapes = {name: layer.pattern.shape for name, layer in self.layers.items()}
+        self._plan = SetPlan(root, shapes, self.config)
+        self._exploration_end = resolve_step("explore_until", self.config, total_steps)
+        self._density_window = density_window(self.config, total_steps)
+        self._arrived = self.config.initial_density is not None and self._is_at_final_density()
+        if total_steps is not None and self._density_window is not None and self._density_window[1] > total_steps:
+            logger.warning(
+                f"schedule_end={self.config.schedule_end!r} lies after the last of {total_steps} steps, so this "
+                f"training does not reach density={self.config.density}. Give an earlier schedule_end."
+            )
         self.mask_churn: float | None = None
         self.refresh_seconds: float | None = None
         self._exploration_before: dict[str, Tensor] = {}
@@ -80,7 +91,7 @@ class TopKastController:
         self._check_agreement()
         self._restarted_from = self.step
         self.step = 0
-        self._seen = self._assignments()
+        self._see_layers()
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._on_step_begin),
             self.optimizer.register_step_post_hook(self._on_step_end),
@@ -89,21 +100,28 @@ class TopKastController:
             self.end_exploration()
 
     def _check_resizing(self):
-        """Whether what wraps the model can follow a parameter that becomes smaller."""
+        """Whether what wraps the model can follow parameters whose sizes change."""
         explores = any(layer.backward_density > layer.density for layer in self.layers.values())
-        if self._exploration_end is None or not explores:
+        setting = None
+        if self._exploration_end is not None and explores:
+            setting = f"explore_until={self.config.explore_until!r}"
+        elif self._density_window is not None and not self._arrived:
+            setting = f"initial_density={self.config.initial_density!r}"
+        elif self.config.distribution == "global":
+            setting = "distribution='global'"
+        if setting is None:
             return
         if any(is_sharded(layer.values) for layer in self.layers.values()):
             raise ValueError(
-                f"explore_until={self.config.explore_until!r} makes the sparse parameters smaller during training, "
-                "which FSDP2 cannot follow: it fixes the size of each shard when it wraps the model. Train under DDP "
-                "until exploration has ended and resume under FSDP2, or set explore_until to None."
+                f"{setting} changes the sizes of the sparse parameters during training, which FSDP2 cannot follow: it "
+                "fixes the size of each shard when it wraps the model. Train under DDP until the sizes have settled "
+                "and resume under FSDP2, or leave the setting out."
             )
         if self._ddp is None and world_size() > 1:
             raise ValueError(
-                f"explore_until={self.config.explore_until!r} makes the sparse parameters smaller during training, "
-                "and the gradient buckets of DDP have to follow. Give TopKastController the wrapped model (what "
-                "accelerator.prepare or DistributedDataParallel returned), or use TopKastTrainer."
+                f"{setting} changes the sizes of the sparse parameters during training, and the gradient buckets of "
+                "DDP have to follow. Give TopKastController the wrapped model (what accelerator.prepare or "
+                "DistributedDataParallel returned), or use TopKastTrainer."
             )
 
     @property
@@ -162,8 +180,10 @@ class TopKastController:
         overflow = getattr(optimizer, "found_inf", None)
         return overflow is not None and bool(overflow)
 
-    def _assignments(self) -> dict[str, int]:
-        return {name: layer.assignments for name, layer in self.layers.items()}
+    def _see_layers(self):
+        """Remembers how often the layers got other sets, and the density that the penalty divides by."""
+        self._seen = {name: layer.assignments for name, layer in self.layers.items()}
+        self._density = self.density
 
     def _check_layers(self):
         """Moments must not meet weights that they do not belong to."""
@@ -179,7 +199,7 @@ class TopKastController:
         """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
         if self.config.penalty == 0:
             return
-        on_active, on_exploration = self.config.penalty, self.config.penalty / self.config.density
+        on_active, on_exploration = self.config.penalty, self.config.penalty / self._density
         size, values, gradient = self._active_here(layer), local(layer.values), local(layer.values.grad)
         for part, strength in ((slice(None, size), on_active), (slice(size, None), on_exploration)):
             if self.config.penalty_mode == "decoupled":
@@ -200,7 +220,8 @@ class TopKastController:
             exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self._exploration_before.clear()
         self.step += 1
-        if refresh_due(self.step, self.config.refresh_every):
+        schedule_ends = self._density_window is not None and self.step == self._density_window[1]
+        if refresh_due(self.step, self.config.refresh_every) or schedule_ends:
             self.refresh()
         if self.step == self._exploration_end:
             self.end_exploration()
@@ -210,23 +231,29 @@ class TopKastController:
     @torch.no_grad()
     def refresh(self):
         """
-        Chooses A and B of every layer again from |θ|, layer by layer; optimizer state moves with its weight.
+        Chooses A and B of every layer again from |θ|, layer by layer, in the sizes that the schedules give them now;
+        optimizer state moves with its weight. With `method="static"` nothing changes.
 
         Raises:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
+        if not self._plan.method.refreshes:
+            return
         start = time.perf_counter()
         self._check_numbers()
-        backward_density = backward_density_at(self.step, self.config, self._exploration_end)
+        sizes, stored = self._sizes(), self._stored()
         members = left = 0
         for name, layer in self.layers.items():
             theta = layer.theta()
             was_active = layer.pattern.active_mask()
-            active, backward = choose_sets(self.config, theta, self.config.density, backward_density)
+            active, backward = self._plan.choose(name, theta, sizes[name])
             self._reassign(name, active, backward, theta)
             members += int(was_active.sum())
             left += int((was_active & ~active).sum())
+        self._see_layers()
         self._check_agreement()
+        if self._ddp is not None and stored != self._stored():
+            rebuild_buckets(self._ddp)
         self.mask_churn = left / members
         self.refresh_seconds = time.perf_counter() - start
 
@@ -237,8 +264,31 @@ class TopKastController:
         for name, layer in self.layers.items():
             active = layer.pattern.active_mask()
             self._reassign(name, active, active, layer.theta())
+        self._see_layers()
         if self._ddp is not None:
             rebuild_buckets(self._ddp)
+
+    def _stored(self) -> list[int]:
+        return [layer.values.numel() for layer in self.layers.values()]
+
+    def _sizes(self) -> dict[str, Sizes]:
+        left = 0.0 if self._arrived else way_left(self.step, self.config, self._density_window)
+        exploring = self._exploration_end is None or self.step < self._exploration_end
+        # A pruned model keeps as many as it had at first, which the present sets still tell.
+        read = self._active_mask if self.config.density == "nonzero" else self._theta
+        return self._plan.sizes(left, exploring, read)
+
+    def _is_at_final_density(self) -> bool:
+        """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
+        sizes = self._plan.sizes(0.0, True, self._theta)
+        final = sum(size for parts in sizes.values() for size, _ in parts)
+        return final == sum(layer.active_count for layer in self.layers.values())
+
+    def _active_mask(self, name: str) -> Tensor:
+        return self.layers[name].pattern.active_mask()
+
+    def _theta(self, name: str) -> Tensor:
+        return self.layers[name].theta()
 
     def _check_numbers(self):
         """All layers before the first one changes; what is outside B cannot have changed."""
@@ -265,12 +315,17 @@ class TopKastController:
     def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
         layer = self.layers[name]
         sources = layer.reassign(active, backward, theta)
-        self._seen[name] = layer.assignments
         state = self.optimizer.state.get(layer.values)
         if state:
             carry_state(state, sources, self.config.new_state)
 
     # What is logged and saved
+
+    @property
+    def density(self) -> float:
+        """Σ|A| / Σn over the sparse layers, as it is now."""
+        layers = self.layers.values()
+        return sum(layer.active_count for layer in layers) / sum(layer.numel for layer in layers)
 
     @torch.no_grad()
     def penalty(self) -> float:
@@ -280,7 +335,7 @@ class TopKastController:
             if not layer.values.requires_grad:
                 continue
             squares, size = local(layer.values).float().square(), self._active_here(layer)
-            part = squares[:size].sum() + squares[size:].sum() / self.config.density
+            part = squares[:size].sum() + squares[size:].sum() / self._density
             total += float(sum_over_ranks(part, layer.values))
         return self.config.penalty / 2 * total
 
@@ -290,7 +345,7 @@ class TopKastController:
         first_reservoir = [int(layer.initial_reservoir_size) for layer in self.layers.values()]
         used = sum(layer.reservoir_use * size for layer, size in zip(self.layers.values(), first_reservoir))
         metrics = {
-            "topkast/density": sum(layer.active_count for layer in self.layers.values()) / weights,
+            "topkast/density": self.density,
             "topkast/backward_density": sum(layer.values.numel() for layer in self.layers.values()) / weights,
             "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
             "topkast/penalty": self.penalty(),
@@ -316,4 +371,4 @@ class TopKastController:
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
         self.step, self.mask_churn = state["step"], state.get("mask_churn")
         self._restarted_from = 0
-        self._seen = self._assignments()
+        self._see_layers()

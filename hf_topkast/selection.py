@@ -55,6 +55,23 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
+def spread_mask(candidates: Tensor, count: int) -> Tensor:
+    """
+    Marks `count` of the candidates at equal distances, counted along the flat index.
+
+    Args:
+        candidates (`torch.Tensor`): bool, any shape.
+        count (`int`): how many to mark, at most as many as there are candidates.
+
+    Returns:
+        `torch.Tensor`: bool, of the shape of `candidates`, with exactly `count` entries set.
+    """
+    places = candidates.flatten().nonzero().squeeze(1)
+    mask = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
+    mask[places[torch.arange(count, device=places.device) * places.numel() // max(count, 1)]] = True
+    return mask.view_as(candidates)
+
+
 def _kth_largest(flat: Tensor, count: int) -> Tensor | float:
     place = flat.numel() - count
     if flat.device.type == "cpu":  # the same number, in a seventh of kthvalue's time at 2.4 million weights

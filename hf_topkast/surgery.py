@@ -11,8 +11,8 @@ from transformers.utils import logging
 from .base_layer import TopKastLayer
 from .config import TopKastConfig
 from .layers import sparse_type
-from .methods import choose_sets, get_method
 from .ops import select_backend
+from .plan import SetPlan
 from .selection import check_finite
 from .targets import find_targets
 
@@ -55,8 +55,8 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
     Raises:
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
             no layer matches (the message lists candidates), if a named layer is of an unsupported type or tied to
-            another, if blocks do not fill a layer, or if a weight is NaN, infinite or not loaded yet. The model is
-            unchanged then.
+            another, if blocks do not fill a layer, if a weight is NaN, infinite or not loaded yet, or as [`SetPlan`]
+            says. The model is unchanged then.
     """
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
@@ -75,7 +75,6 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
             "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
             "get_peft_model (or add_adapter) on the sparse model."
         )
-    get_method(config.method)
     select_backend(config.backend)
     targets = find_targets(model, config)
     for name, dense in targets.items():  # all before the first swap, so that an error leaves the model as it was
@@ -85,12 +84,14 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
             )
         check_finite(dense.weight.detach(), name)
         _check_blocks(name, weight_rows(dense).shape, config.block_size)
+    plan = SetPlan(model, {name: tuple(weight_rows(dense).shape) for name, dense in targets.items()}, config)
+    sizes = plan.sizes(left=1.0, exploring=True, read=lambda name: weight_rows(targets[name]))
     for name in list(targets):
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
-        active, backward = choose_sets(config, weight_rows(dense), config.density, config.backward_density)
+        active, backward = plan.choose(name, weight_rows(dense), sizes[name])
         replace_module(model, dense, make_sparse(dense, active, backward, config))
     mark_sparse(model, SparseInfo(config))
-    _log_summary(model, config)
+    _log_summary(model)
     return model
 
 
@@ -164,6 +165,11 @@ def sparse_info(model: nn.Module) -> SparseInfo:
     return next(iter(infos.values()))
 
 
+def sparse_root(model: nn.Module) -> nn.Module:
+    """The module that [`sparsify`] was called on, inside the wrappers (DDP) that stand around it by now."""
+    return next(module for module in model.modules() if "topkast" in module.__dict__)
+
+
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
     settings = config.backend, config.reservoir_device, tuple(config.block_size)
@@ -191,13 +197,14 @@ def _check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
         )
 
 
-def _log_summary(model: nn.Module, config: TopKastConfig):
+def _log_summary(model: nn.Module):
     layers = [layer for _, layer in sparse_layers(model)]
     total = sum(layer.numel for layer in layers)
+    active = sum(layer.active_count for layer in layers)
     stored = sum(layer.values.numel() for layer in layers)
     dense_rest = sum(p.numel() for p in model.parameters()) - stored
     logger.info(
-        f"Top-KAST: {len(layers)} layers with {total:,} weights are sparse at density {config.density:g} "
-        f"(backward {config.backward_density:g}); {stored:,} of them are trainable, and {dense_rest:,} other "
-        "parameters stay dense."
+        f"Top-KAST: {len(layers)} layers with {total:,} weights are sparse at density {active / total:.4g} "
+        f"(backward {stored / total:.4g}); {stored:,} of them are trainable, and {dense_rest:,} other parameters stay "
+        "dense."
     )

@@ -5,6 +5,8 @@ It shares no code with the package: selection is one stable sort, the products a
 whole weight.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -35,34 +37,50 @@ class MaskedLayer(nn.Module):
         self.active = torch.ones_like(self.theta, dtype=torch.bool)
         self.backward_set = torch.ones_like(self.active)
 
-    def choose(self, density: float, backward_density: float, block_size: list[int]):
-        """A and B as prefixes of one order of the blocks: by L2 norm, then by flat index."""
-        height, width = block_size
-        rows, columns = (size // side for size, side in zip(self.theta.shape, block_size))
-        blocks = self.theta.detach().double().view(rows, height, columns, width)
-        norms = blocks.norm(dim=(1, 3)).to(self.theta.dtype).flatten()
-        order = torch.sort(norms, descending=True, stable=True).indices
-        size = max(1, round(density * norms.numel()))
-        backward_size = max(size, round(backward_density * norms.numel()))
-        for mask, count in ((self.active, size), (self.backward_set, backward_size)):
-            chosen = torch.zeros(rows * columns, dtype=torch.bool)
-            chosen[order[:count]] = True
-            mask.copy_(chosen.view(rows, 1, columns, 1).expand_as(blocks).reshape(mask.shape))
+    def norms(self, block_size: list[int]) -> torch.Tensor:
+        """L2 norms of the blocks."""
+        blocks = self.theta.detach().double().unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
+        return blocks.norm(dim=(1, 3)).to(self.theta.dtype)
+
+    def hold(self, active: torch.Tensor, backward_set: torch.Tensor):
+        """Makes masks of blocks the sets."""
+        for mask, blocks in ((self.active, active), (self.backward_set, backward_set)):
+            sides = [size // count for size, count in zip(mask.shape, blocks.shape)]
+            mask.copy_(torch.kron(blocks.int(), torch.ones(sides, dtype=torch.int)).bool())
+
+    def choose(self, densities: tuple[float, float], block_size: list[int], parts: int):
+        """A and B as prefixes of one order, by norm and then by flat index, in each of so many equal row ranges."""
+        chosen = []
+        for norms in self.norms(block_size).chunk(parts):
+            order = torch.sort(norms.flatten(), descending=True, stable=True).indices
+            sizes = [max(1, round(density * norms.numel())) for density in densities]
+            masks = torch.zeros(2, norms.numel(), dtype=torch.bool)
+            for mask, size in zip(masks, (sizes[0], max(sizes))):
+                mask[order[:size]] = True
+            chosen.append(masks.view(2, *norms.shape))
+        self.hold(*torch.cat(chosen, dim=1))
 
     def forward(self, x):
         return functional.linear(x, StraightThrough.apply(self.theta, self.active), self.bias)
 
 
 class MaskedTraining:
-    """The whole method on a dense model, one `step` at a time."""
+    """
+    The whole method on a dense model, one `step` at a time.
 
-    def __init__(self, model: nn.Module, names: list[str], config, make_optimizer):
-        self.model, self.config = model, config
+    Schedules begin and end at steps. With `split_fused` a layer is split into as many equal parts as `parts` says by
+    the last part of its name.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: list[str], config, make_optimizer, parts: dict[str, int] | None = None
+    ):
+        self.model, self.config, self.parts = model, config, parts or {}
+        self.steps = 0
         self.layers = {}
         for name in names:
             parent, _, leaf = name.rpartition(".")
             layer = MaskedLayer(model.get_submodule(name))
-            layer.choose(config.density, config.backward_density, config.block_size)
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers[name] = layer
         thetas = {id(layer.theta) for layer in self.layers.values()}
@@ -70,7 +88,51 @@ class MaskedTraining:
         self.optimizer = make_optimizer(
             [{"params": rest}, {"params": [layer.theta for layer in self.layers.values()], "weight_decay": 0.0}]
         )
-        self.steps = 0
+        self.choose()
+
+    def densities(self) -> tuple[float, float]:
+        """The densities of A and B that are due now."""
+        config = self.config
+        density = config.density
+        if config.initial_density is not None:
+            progress = (self.steps - config.schedule_begin) / (config.schedule_end - config.schedule_begin)
+            progress = min(1, max(0, progress))
+            way = {
+                "linear": progress,
+                "cubic": 1 - (1 - progress) ** 3,
+                "cosine": (1 - math.cos(math.pi * progress)) / 2,
+            }
+            density = config.initial_density + (config.density - config.initial_density) * way[config.density_schedule]
+        if config.explore_until is not None and self.steps >= config.explore_until:
+            return density, density
+        return density, min(1, config.backward_density / config.density * density)
+
+    def choose(self):
+        """A and B of every layer, in each by itself or in all of them together."""
+        if self.config.distribution == "global":
+            self.choose_together()
+            return
+        for name, layer in self.layers.items():
+            layer.choose(self.densities(), self.config.block_size, self.parts.get(name.rpartition(".")[2], 1))
+
+    def choose_together(self):
+        """The largest weights of all layers in one sort, after the largest of each layer."""
+        norms = [layer.norms(self.config.block_size) for layer in self.layers.values()]
+        firsts = [torch.arange(each.numel()) == each.argmax() for each in norms]
+        ranked = torch.where(torch.cat(firsts), float("inf"), torch.cat([each.flatten() for each in norms]))
+        order = torch.sort(ranked, descending=True, stable=True).indices
+        chosen = torch.zeros(2, len(order), dtype=torch.bool)
+        for mask, density in zip(chosen, self.densities()):
+            mask[order[: round(density * len(order))]] = True
+        for layer, each, masks in zip(
+            self.layers.values(), norms, chosen.split([each.numel() for each in norms], dim=1)
+        ):
+            layer.hold(*masks.view(2, *each.shape))
+
+    def active_share(self) -> float:
+        """The present density over all layers."""
+        masks = [layer.active for layer in self.layers.values()]
+        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
         self.optimizer.zero_grad()
@@ -79,11 +141,11 @@ class MaskedTraining:
             loss = loss_of(self.model, tokens) / len(micro_batches)
             loss.backward()
             losses.append(loss.item())
-        before = {}
+        before, density = {}, self.active_share()
         with torch.no_grad():
             for name, layer in self.layers.items():
                 exploration = layer.backward_set & ~layer.active
-                factor = layer.active + exploration.to(layer.theta.dtype) / self.config.density
+                factor = layer.active + exploration.to(layer.theta.dtype) / density
                 layer.theta.grad *= layer.backward_set
                 if self.config.penalty_mode == "coupled":
                     layer.theta.grad += self.config.penalty * factor * layer.theta
@@ -97,13 +159,18 @@ class MaskedTraining:
                 exploration = layer.backward_set & ~layer.active
                 scaled = before[name] + self.config.exploration_lr_scale * (layer.theta - before[name])
                 layer.theta.copy_(torch.where(exploration, scaled, layer.theta))
-                if self.steps % self.config.refresh_every == 0:
-                    self.refresh(layer)
+            schedule_ends = self.config.initial_density is not None and self.steps == self.config.schedule_end
+            if self.steps % self.config.refresh_every == 0 or schedule_ends:
+                self.refresh()
         return sum(losses)
 
-    def refresh(self, layer: MaskedLayer):
-        stored = layer.backward_set.clone()
-        layer.choose(self.config.density, self.config.backward_density, self.config.block_size)
+    def refresh(self):
+        stored = {name: layer.backward_set.clone() for name, layer in self.layers.items()}
+        self.choose()
+        for name, layer in self.layers.items():
+            self.move_state(layer, stored[name])
+
+    def move_state(self, layer: MaskedLayer, stored: torch.Tensor):
         entering = layer.backward_set & ~stored
         for key, state in self.optimizer.state[layer.theta].items():
             if torch.is_tensor(state) and state.shape == layer.theta.shape:

@@ -21,7 +21,8 @@ def test_backward_density_defaults_to_twice_density():
         ("backward_density", 1.01),
         ("refresh_every", 0),
         ("refresh_every", 2.5),
-        ("density", "0.2"),
+        ("density", "half"),
+        ("density", "1.2"),
         ("density", None),
         ("density", True),
         ("refresh_every", float("inf")),
@@ -44,6 +45,20 @@ def test_backward_density_defaults_to_twice_density():
         ("block_size", [4, 1, 1]),
         ("block_size", "2:4"),
         ("block_size", [2.5, 1]),
+        ("initial_density", 0.0),
+        ("initial_density", 1.1),
+        ("initial_density", "nonzero"),
+        ("distribution", "ERK"),
+        ("distribution", None),
+        ("density_overrides", "{"),
+        ("density_overrides", ["c_fc"]),
+        ("density_overrides", {"c_fc": 0}),
+        ("density_overrides", {"c_fc": 1.5}),
+        ("density_overrides", {3: 0.5}),
+        ("density_overrides", {"(c_fc": 0.5}),
+        ("density_schedule", "cubic"),  # without initial_density
+        ("schedule_begin", 0.1),
+        ("schedule_end", 100),
         ("target_modules", "(unclosed"),
         ("exclude_modules", "*"),
     ],
@@ -56,6 +71,57 @@ def test_bad_value_names_field_and_value(field, value):
 @pytest.mark.parametrize(("given", "kept"), [(None, [1, 1]), (16, [16, 16]), ((4, 1), [4, 1]), ([32], [32, 32])])
 def test_block_size(given, kept):
     assert TopKastConfig(block_size=given).block_size == kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"density_schedule": "exponential"}, "density_schedule='exponential'.*cubic"),
+        ({"schedule_begin": -1}, "schedule_begin=-1"),
+        ({"schedule_end": 10.5}, r"schedule_end=10\.5"),
+        ({"schedule_begin": 0.5}, r"schedule_begin=0\.5.*below schedule_end=0\.5"),
+        ({"schedule_begin": 50, "schedule_end": 20}, "schedule_begin=50.*below schedule_end=20"),
+        ({"schedule_end": 0}, "schedule_begin=0.*below schedule_end=0"),
+        ({"density": "nonzero"}, "initial_density=1.0.*left out with density='nonzero'"),
+        ({"method": "static"}, "initial_density=1.0.*method='static'"),
+    ],
+)
+def test_bad_schedules(settings, match):
+    with pytest.raises(ValueError, match=match):
+        TopKastConfig(initial_density=1.0, **settings)
+
+
+def test_schedule_defaults_come_with_the_initial_density():
+    config = TopKastConfig()
+    assert (config.density_schedule, config.schedule_begin, config.schedule_end) == (None, None, None)
+    config = TopKastConfig(initial_density=1.0)
+    assert (config.density_schedule, config.schedule_begin, config.schedule_end) == ("cubic", 0.0, 0.5)
+
+
+@pytest.mark.parametrize("settings", [{"distribution": "global"}, {"density_overrides": {"c_fc": 0.5}}])
+def test_nonzero_leaves_no_choice_of_sizes(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.*density='nonzero'"):
+        TopKastConfig(density="nonzero", **settings)
+
+
+def test_backward_density_of_static_and_nonzero():
+    assert TopKastConfig(density=0.3, method="static").backward_density == 0.3
+    assert TopKastConfig(density=0.3, backward_density=0.4, method="static").backward_density == 0.4
+    assert TopKastConfig(density="nonzero").backward_density is None
+    assert TopKastConfig(density="nonzero", backward_density=0.1).backward_density == 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": "nonzero", "method": "static"},
+        {"initial_density": 1.0, "density_schedule": "linear", "schedule_begin": 10, "schedule_end": 0.9},
+        {"density_overrides": {r".*c_fc": 0.5, "z": 1.0}, "distribution": "erdos_renyi", "split_fused": True},
+    ],
+)
+def test_json_round_trip_of_sizes_and_schedules(settings):
+    config = TopKastConfig(**settings)
+    assert TopKastConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_json_round_trip():
@@ -85,6 +151,25 @@ def test_command_line():
     )
     (config,) = HfArgumentParser(TopKastConfig).parse_args_into_dataclasses(["--target_modules", "all-linear"])
     assert config.target_modules == "all-linear"
+
+
+def test_command_line_of_sizes_and_schedules():
+    (config,) = HfArgumentParser(TopKastConfig).parse_args_into_dataclasses(
+        ["--density", "nonzero", "--method", "static", "--split_fused"]
+    )
+    assert config == TopKastConfig(density="nonzero", method="static", split_fused=True)
+    words = "--initial_density 1 --density_schedule cosine --schedule_end 300 --distribution global --density 0.1"
+    (config,) = HfArgumentParser(TopKastConfig).parse_args_into_dataclasses(
+        [*words.split(), "--density_overrides", '{".*c_fc": 0.5}']
+    )
+    assert config == TopKastConfig(
+        density=0.1,
+        initial_density=1,
+        density_schedule="cosine",
+        schedule_end=300,
+        distribution="global",
+        density_overrides={".*c_fc": 0.5},
+    )
 
 
 def test_every_field_has_help():

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from toy_models import loss_of, make_gpt2, token_batches
 from transformers import AutoModelForCausalLM
 from transformers.optimization import Adafactor
 
-from hf_topkast import TopKastConfig, TopKastController, sparsify
+from hf_topkast import TopKastConfig, TopKastController, densify, sparsify, sparsity_report
 from hf_topkast.surgery import sparse_layers
 
 
@@ -50,11 +51,13 @@ def train(model, config, make_optimizer, micro_batches, total_steps=None):
     return losses, controller
 
 
-def compare_with_simulation(make_model, config, make_optimizer, steps=10, accumulation=1, dtype=torch.float64):
+def compare_with_simulation(
+    make_model, config, make_optimizer, steps=10, accumulation=1, dtype=torch.float64, parts=None
+):
     dense = make_model(dtype=dtype)
     model = sparsify(copy.deepcopy(dense), config)
     names = [name for name, _ in sparse_layers(model)]
-    simulation = MaskedTraining(dense, names, config, make_optimizer)
+    simulation = MaskedTraining(dense, names, config, make_optimizer, parts)
     batches = token_batches(steps * accumulation)
     micro_batches = [batches[step * accumulation : (step + 1) * accumulation] for step in range(steps)]
     expected = [simulation.step(batch) for batch in micro_batches]
@@ -90,6 +93,10 @@ def test_training_equals_the_masked_simulation(make_model, densities, refresh_ev
 def test_weights_equal_the_masked_simulation(make_model, make_optimizer, settings):
     config = TopKastConfig(density=0.2, refresh_every=3, **{"penalty": 1e-2, **settings})
     model, simulation, losses, expected = compare_with_simulation(make_model, config, make_optimizer, steps=8)
+    check_same_weights(model, simulation, losses, expected)
+
+
+def check_same_weights(model, simulation, losses, expected):
     assert losses == pytest.approx(expected, rel=1e-7)
     for name, layer in sparse_layers(model):
         masked = simulation.layers[name]
@@ -99,13 +106,54 @@ def test_weights_equal_the_masked_simulation(make_model, make_optimizer, setting
 
 
 @pytest.mark.parametrize("block_size", [(4, 1), (2, 8), 4])
-def test_blocks_equal_the_masked_simulation(make_model, block_size):
-    config = TopKastConfig(density=0.2, refresh_every=2, block_size=block_size, explore_until=6, penalty=1e-2)
-    model, simulation, losses, expected = compare_with_simulation(make_model, config, adamw, steps=6)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"initial_density": 0.8, "schedule_begin": 0, "schedule_end": 4},
+        {"distribution": "global"},
+        {"split_fused": True},
+    ],
+    ids=str,
+)
+def test_blocks_equal_the_masked_simulation(block_size, settings):
+    config = TopKastConfig(
+        density=0.2, refresh_every=2, block_size=block_size, explore_until=6, penalty=1e-2, **settings
+    )
+    parts = {"c_attn": 3} if "split_fused" in settings else None
+    model, simulation, losses, expected = compare_with_simulation(make_gpt2, config, adamw, steps=6, parts=parts)
     assert losses == pytest.approx(expected, rel=1e-7)
     for name, layer in sparse_layers(model):
         assert torch.equal(layer.pattern.active_mask(), simulation.layers[name].active)
         torch.testing.assert_close(layer.theta(), simulation.layers[name].theta.detach(), rtol=1e-6, atol=1e-8)
+
+
+SCHEDULE = {"initial_density": 1.0, "schedule_begin": 2, "schedule_end": 7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**SCHEDULE, "density_schedule": "linear"},
+        {**SCHEDULE, "density_schedule": "cubic", "backward_density": 0.2},
+        {**SCHEDULE, "density_schedule": "cosine", "new_state": "mean", "explore_until": 5, "refresh_every": 1},
+        {**SCHEDULE, "initial_density": 0.05, "backward_density": 0.3},  # a rising one
+        {"distribution": "global"},
+        {**SCHEDULE, "distribution": "global"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw])
+def test_schedules_and_distributions_equal_the_masked_simulation(make_model, make_optimizer, settings):
+    config = TopKastConfig(density=0.2, penalty=1e-2, **{"refresh_every": 3, **settings})
+    outcome = compare_with_simulation(make_model, config, make_optimizer, steps=9)
+    check_same_weights(*outcome)
+    assert next(iter(outcome[1].layers.values())).active.float().mean() < 0.5
+
+
+def test_parts_of_a_fused_layer_equal_the_masked_simulation():
+    config = TopKastConfig(density=0.2, penalty=1e-2, refresh_every=3, split_fused=True)
+    check_same_weights(*compare_with_simulation(make_gpt2, config, adamw, steps=8, parts={"c_attn": 3}))
 
 
 def test_accumulation_equals_the_masked_simulation(make_model):
@@ -223,6 +271,116 @@ def test_exploration_ends_with_b_equal_to_a(make_model, explore_until, end):
             moment = optimizer.state[layer.values]["exp_avg"]
             assert moment.shape == layer.values.shape
             assert moment.untyped_storage().nbytes() == layer.values.nbytes
+
+
+def test_memory_is_given_back_as_density_falls(make_model):
+    config = TopKastConfig(
+        density=0.2,
+        backward_density=0.3,
+        refresh_every=2,
+        initial_density=0.8,
+        schedule_end=6,
+        density_schedule="linear",
+    )
+    model = sparsify(make_model(), config)
+    values = {name: layer.values for name, layer in sparse_layers(model)}
+    optimizer = adamw(model.parameters())
+    controller = TopKastController(model, optimizer)
+    for step, tokens in enumerate(token_batches(9), start=1):
+        optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        density = {2: 0.6, 4: 0.4}.get(step - step % 2, 0.2 if step >= 6 else 0.8)
+        assert controller.metrics()["topkast/density"] == pytest.approx(density, abs=2e-3)
+        assert sparsity_report(model).density == controller.metrics()["topkast/density"]
+        for name, layer in controller.layers.items():
+            assert layer.values is values[name]
+            assert layer.active_count == round(density * layer.numel)
+            assert layer.values.numel() == pytest.approx(min(1, 1.5 * density) * layer.numel, abs=1)
+            moments = [state for state in optimizer.state[layer.values].values() if state.ndim]
+            for tensor in (layer.values.data, *moments):
+                assert tensor.numel() == layer.values.numel()
+                assert tensor.untyped_storage().nbytes() == layer.values.nbytes
+
+
+def test_a_schedule_that_has_ended_does_not_begin_again(make_model):
+    settings = {"density": 0.2, "refresh_every": 1, "initial_density": 1.0, "distribution": "global"}
+    model = sparsify(make_model(), **settings)
+    batches = [[tokens] for tokens in token_batches(4)]
+    for count in (4, 1, 3):  # the schedule ends after step 2
+        _, controller = train(model, None, adamw, batches[:count], total_steps=4)
+        controller.remove()
+        assert controller.density == pytest.approx(0.2, abs=1e-3)
+
+
+def test_schedule_that_ends_after_the_training_is_told(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.controller.logger.warning", warnings.append)
+    for end in (8, 9):
+        model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end)
+        TopKastController(model, adamw(model.parameters()), total_steps=8)
+    assert len(warnings) == 1 and "schedule_end=9 lies after the last of 8 steps" in warnings[0]
+
+
+def pruned(make_model):
+    """A model that lost its smaller weights, more of them in some layers, as SparseGPT or Wanda leave it."""
+    model = make_model()
+    with torch.no_grad():
+        for place, (_, weight) in enumerate(item for item in model.named_parameters() if "proj" in item[0]):
+            if weight.ndim == 2:
+                weight[weight.abs() < weight.abs().quantile(0.4 + 0.05 * (place % 8))] = 0
+    return model
+
+
+@pytest.mark.parametrize("backward_density", [None, 0.8])
+def test_static_keeps_the_zeros_of_a_pruned_model(make_model, backward_density):
+    model = pruned(make_model)
+    sparsify(
+        model,
+        density="nonzero",
+        method="static",
+        refresh_every=1,
+        target_modules=r".*proj",
+        backward_density=backward_density,
+    )
+    zeros = {name: layer.weight == 0 for name, layer in sparse_layers(model)}
+    before = {name: layer.weight for name, layer in sparse_layers(model)}
+    losses, controller = train(model, None, adamw, [token_batches(1)] * 5)
+    assert losses[-1] < losses[0]
+    for name, layer in sparse_layers(model):
+        assert zeros[name].any() and torch.equal(layer.weight == 0, zeros[name])
+        assert not torch.equal(layer.weight, before[name])
+    assert "topkast/mask_churn" not in controller.metrics()
+    for name, module in densify(model).named_modules():
+        if name in zeros:
+            assert torch.equal(module.weight == 0, zeros[name])
+
+
+def test_topkast_goes_on_from_a_pruned_model(make_model):
+    model = sparsify(pruned(make_model), density="nonzero", refresh_every=2, explore_until=5, target_modules=r".*proj")
+    sizes = {name: layer.active_count for name, layer in sparse_layers(model)}
+    first = {name: layer.active_mask for name, layer in sparse_layers(model)}
+    losses, controller = train(model, None, adamw, [token_batches(1)] * 4)
+    assert losses[-1] < losses[0] and controller.mask_churn > 0
+    for name, layer in sparse_layers(model):
+        assert layer.active_count == sizes[name] and not torch.equal(layer.active_mask, first[name])
+        assert layer.values.numel() == min(layer.numel, 2 * sizes[name])
+    controller.step = 5
+    controller.refresh()
+    assert all(layer.values.numel() == layer.active_count == sizes[name] for name, layer in sparse_layers(model))
+
+
+def test_layer_names_are_those_of_sparsify_inside_a_wrapper(make_model):
+    model = make_model()
+    name = next(name for name, _ in sparse_layers(sparsify(copy.deepcopy(model), density=0.2)))
+    sparsify(model, density=0.2, refresh_every=1, density_overrides={re.escape(name): 0.6})
+    wrapper = torch.nn.ModuleDict({"module": model})
+    optimizer = adamw(wrapper.parameters())
+    controller = TopKastController(wrapper, optimizer)
+    loss_of(model, token_batches(1)[0]).backward()
+    optimizer.step()
+    densities = {name: round(layer.density, 1) for name, layer in controller.layers.items()}
+    assert densities.pop(name) == 0.6 and set(densities.values()) == {0.2}
 
 
 def test_fraction_without_total_steps_is_refused():
@@ -384,17 +542,29 @@ def test_metrics():
     assert metrics["topkast/reservoir_use"] == pytest.approx(
         used / sum(int(mask.sum()) for mask in reservoir.values()), abs=1e-9
     )
+    density = metrics["topkast/density"]
     penalty = sum(
         float((layer.dense_weight()[layer.active_mask] ** 2).sum())
-        + float((layer.dense_weight()[layer.backward_mask & ~layer.active_mask] ** 2).sum()) / 0.2
+        + float((layer.dense_weight()[layer.backward_mask & ~layer.active_mask] ** 2).sum()) / density
         for layer in layers.values()
     )
     assert metrics["topkast/penalty"] == pytest.approx(1e-2 / 2 * penalty, rel=1e-5)
     assert metrics["topkast/refresh_seconds"] > 0
 
 
-def test_plain_loop_resumes_bit_by_bit(make_model, tmp_path):
-    config = TopKastConfig(density=0.2, refresh_every=3, explore_until=8, exploration_lr_scale=0.5)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"explore_until": 8},
+        {"explore_until": 8, "initial_density": 0.9, "schedule_begin": 2, "schedule_end": 10},
+        {"initial_density": 0.9, "schedule_end": 7, "distribution": "global"},
+        {"density_overrides": {r".*0\..*": 0.5}, "distribution": "erdos_renyi"},
+        {"method": "static", "backward_density": 0.3, "explore_until": 8},
+    ],
+    ids=str,
+)
+def test_plain_loop_resumes_bit_by_bit(make_model, tmp_path, settings):
+    config = TopKastConfig(density=0.2, refresh_every=3, exploration_lr_scale=0.5, penalty=1e-2, **settings)
     batches = token_batches(12)
 
     def start():

@@ -30,6 +30,41 @@ def test_from_pretrained_gives_the_sparse_model_back(make_model, settings, tmp_p
         assert torch.equal(layer.backward_mask, other.backward_mask)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"initial_density": 0.9, "schedule_end": 4, "density_schedule": "linear"},
+        {"distribution": "global", "density_overrides": {r".*\.0\..*": 0.5}},
+        {"method": "static"},
+    ],
+    ids=str,
+)
+def test_models_of_all_sizes_come_back_and_train_on(make_model, tmp_path, settings):
+    model = trained(make_model, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert equal(model, loaded) and sparse_info(loaded) == sparse_info(model)
+    controller = TopKastController(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1))
+    before = controller.density
+    controller.refresh()
+    started_again = 0.9 if "initial_density" in settings else before
+    assert controller.density == pytest.approx(started_again, abs=1e-3)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_pruned_model_comes_back_with_its_zeros(make_model, tmp_path, with_state):
+    model = densify(sparsify(make_model(), density=0.3))
+    model = sparsify(model, density="nonzero", method="static")
+    zeros = {name: layer.weight == 0 for name, layer in sparse_layers(model)}
+    model.save_pretrained(tmp_path)
+    if not with_state:
+        (tmp_path / STATE_NAME).unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert equal(model, loaded) or not with_state
+    assert sparse_info(loaded).config.density == "nonzero"
+    assert all(torch.equal(layer.weight == 0, zeros[name]) for name, layer in sparse_layers(loaded))
+
+
 def test_loaded_model_is_an_ordinary_one(tmp_path):
     trained(make_gpt2).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

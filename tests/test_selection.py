@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_topkast.selection import block_norms, check_finite, set_size, spread_blocks, top_mask
+from hf_topkast.selection import block_norms, check_finite, set_size, spread_blocks, spread_mask, top_mask
 
 
 def by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -38,6 +38,16 @@ def test_sets_are_nested(seed, small, large):
 def test_ties_go_to_the_lower_flat_index():
     scores = torch.tensor([[1.0, 2.0, 1.0], [2.0, 1.0, 1.0]])
     assert top_mask(scores, 4).tolist() == [[True, True, True], [True, False, False]]
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_spread_is_even(seed, share):
+    candidates = torch.rand(8, 9, generator=torch.Generator().manual_seed(seed)) < 0.5
+    count = round(share * int(candidates.sum()))
+    mask = spread_mask(candidates, count)
+    assert int(mask.sum()) == count and not (mask & ~candidates).any()
+    gaps = mask.flatten()[candidates.flatten()].nonzero().flatten().diff()
+    assert count < 2 or gaps.max() - gaps.min() <= 1
 
 
 @given(numel=st.integers(1, 10**6), density=st.floats(1e-9, 1))

@@ -75,7 +75,7 @@ def test_equals_a_plain_loop(make_model, tmp_path):
         optimizer.step()
     for (name, layer), (_, other) in zip(sparse_layers(trainer.model), sparse_layers(model)):
         assert torch.equal(layer.active_mask, other.active_mask), name
-        torch.testing.assert_close(layer.theta(), other.theta(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.theta(), other.theta(), rtol=1e-4, atol=1e-4)
 
 
 def test_logs_reach_every_logger(tmp_path):
@@ -109,7 +109,21 @@ def test_sparse_values_get_no_weight_decay(make_model, tmp_path):
 @pytest.mark.parametrize("cut", [4, 6, 9])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_is_bit_exact(make_model, tmp_path, cut, accumulation):
-    config = TopKastConfig(density=0.2, refresh_every=3, explore_until=7, exploration_lr_scale=0.5)
+    check_resume(make_model, tmp_path, cut, accumulation, explore_until=7)
+
+
+@pytest.mark.parametrize("cut", [4, 7, 9])
+def test_resume_across_a_density_schedule_is_bit_exact(make_model, tmp_path, cut):
+    check_resume(make_model, tmp_path, cut, initial_density=1.0, schedule_begin=0.2, schedule_end=0.8)
+
+
+def test_resume_of_a_global_distribution_is_bit_exact(tmp_path):
+    settings = {"initial_density": 0.8, "schedule_end": 8, "distribution": "global", "split_fused": True}
+    check_resume(make_gpt2, tmp_path, 4, density_overrides={r".*h\.0\.mlp.*": 0.5}, **settings)
+
+
+def check_resume(make_model, tmp_path, cut, accumulation=1, **fields):
+    config = TopKastConfig(density=0.2, refresh_every=3, exploration_lr_scale=0.5, **fields)
     settings = {"config": config, "gradient_accumulation_steps": accumulation, "save_strategy": "steps"}
     straight = make_trainer(tmp_path / "straight", make_model, save_steps=cut, **settings)
     straight.train()

@@ -1,24 +1,38 @@
 """
-How A and B are chosen. A method is a function of one layer's weights:
+How A and B are chosen. A method is a function of the weights of one layer, or of one part of a fused layer:
 
-    choose(theta, density, backward_density) -> (active, backward)
+    choose(theta, size, backward_size) -> (active, backward)
 
-with `theta` of shape (out, in) and finite, and two bool masks of that shape, the first inside the second. Where sets
-hold whole blocks, `theta` has the blocks' norms in the place of weights.
+with `theta` of shape (out, in) and finite, the sizes of A and B, and two bool masks of that shape, the first inside
+the second. Where sets hold whole blocks, `theta` has the blocks' norms in the place of weights.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import TopKastConfig
-from ..selection import block_norms, spread_blocks
 from . import topkast
 
 
-Method = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class Method:
+    """
+    A rule for A and B.
 
-METHODS: dict[str, Method] = {"topkast": topkast.choose}
+    Attributes:
+        choose (`Callable`): as the module says.
+        refreshes (`bool`): whether the sets are chosen again during training.
+    """
+
+    choose: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+    refreshes: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "topkast": Method(topkast.choose),
+    "static": Method(topkast.choose, refreshes=False),  # the sets never change: what is zero stays zero
+}
 
 
 def get_method(name: str) -> Method:
@@ -31,25 +45,3 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method={name!r} is not allowed: it must be one of {sorted(METHODS)}.")
     return METHODS[name]
-
-
-def choose_sets(
-    config: TopKastConfig, theta: Tensor, density: float, backward_density: float
-) -> tuple[Tensor, Tensor]:
-    """
-    The sets A and B of one layer, by the configuration's method and in blocks of its `block_size`.
-
-    Args:
-        config ([`TopKastConfig`]): says how.
-        theta (`torch.Tensor`): finite, (out, in).
-        density, backward_density (`float`): shares of the layer's weights, or blocks, in A and in B.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: bool, (out, in), the first inside the second.
-    """
-    choose = get_method(config.method)
-    if config.block_size == [1, 1]:
-        return choose(theta, density, backward_density)
-    sets = choose(block_norms(theta, config.block_size), density, backward_density)
-    active, backward = (spread_blocks(mask, config.block_size) for mask in sets)
-    return active, backward

@@ -2,12 +2,20 @@
 
 from torch import Tensor
 
-from ..selection import set_size, top_mask
+from ..selection import spread_mask, top_mask
 
 
-def choose(theta: Tensor, density: float, backward_density: float) -> tuple[Tensor, Tensor]:
-    """A: the top `density` of `theta` by magnitude. B: the top `backward_density`. Ties go to the lower flat index."""
+def choose(theta: Tensor, size: int, backward_size: int) -> tuple[Tensor, Tensor]:
+    """
+    A: the `size` largest of `theta` by magnitude. B: the `backward_size` largest. Ties go to the lower flat index.
+
+    Where B needs weights that are exactly zero, as in a model that was pruned before, it takes them evenly from all
+    over the layer: by the lower index they would all come from the first rows, and the others could never grow.
+    """
     magnitude = theta.abs()
-    size = set_size(theta.numel(), density)
-    backward_size = max(size, set_size(theta.numel(), backward_density))
-    return top_mask(magnitude, size), top_mask(magnitude, backward_size)
+    active = top_mask(magnitude, size)
+    nonzero = int(theta.count_nonzero())
+    if backward_size <= max(size, nonzero):
+        return active, top_mask(magnitude, backward_size)
+    backward = active | (theta != 0)
+    return active, backward | spread_mask(~backward, backward_size - int(backward.sum()))

@@ -1,24 +1,27 @@
-import pytest
 import torch
 
-from hf_topkast.methods import METHODS, get_method
 from hf_topkast.methods.topkast import choose
 
 
 def test_sets_hold_the_largest_weights():
     theta = torch.tensor([[0.1, -5.0, 2.0], [-0.3, 0.2, 4.0]])
-    active, backward = choose(theta, density=1 / 3, backward_density=2 / 3)
+    active, backward = choose(theta, 2, 4)
     assert active.tolist() == [[False, True, False], [False, False, True]]
     assert backward.tolist() == [[False, True, True], [True, False, True]]
 
 
-def test_rounding_never_makes_b_smaller_than_a():
-    theta = torch.arange(1.0, 4.0).view(1, 3)
-    active, backward = choose(theta, density=0.01, backward_density=0.02)
-    assert int(active.sum()) == int(backward.sum()) == 1
+def test_zeros_of_b_come_from_all_over_the_layer():
+    theta = torch.zeros(4, 6)
+    theta[1, 2], theta[3, 3] = 1.0, -2.0
+    active, backward = choose(theta, 1, 13)
+    assert active.nonzero().tolist() == [[3, 3]]
+    assert backward[1, 2] and backward[3, 3] and int(backward.sum()) == 13
+    assert backward.sum(1).tolist() == [3, 4, 3, 3]
 
 
-def test_unknown_method_is_refused():
-    assert get_method("topkast") is METHODS["topkast"]
-    with pytest.raises(ValueError, match="method='lottery'.*topkast"):
-        get_method("lottery")
+def test_a_that_needs_zeros_stays_inside_b():
+    theta = torch.zeros(4, 6)
+    theta[2] = 1.0
+    active, backward = choose(theta, 8, 10)
+    assert int(active.sum()) == 8 and int(backward.sum()) == 10
+    assert not (active & ~backward).any() and active[2].all()
