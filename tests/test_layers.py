@@ -7,8 +7,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
-from hf_topkast.methods.topkast import choose
+from hf_topkast.methods import topkast
 from hf_topkast.ops import BACKENDS
+from hf_topkast.selection import set_size
+
+
+def choose(theta, density, backward_density):
+    """A and B of Top-KAST as masks, by their densities."""
+    return topkast.choose(theta, *(set_size(theta.numel(), share) for share in (density, backward_density)))
 
 
 def make_linear(bias=True):

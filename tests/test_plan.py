@@ -52,6 +52,13 @@ def test_override_of_nothing_is_refused(pattern):
         make_plan(density_overrides={r".*\.fc": 0.5, pattern: 0.1})
 
 
+def test_rounding_never_makes_b_smaller_than_a():
+    shapes = {"a": (6, 10), "b": (6, 10), "c": (6, 4)}
+    config = TopKastConfig(density=6 / 144, backward_density=7 / 144, distribution="erdos_renyi")
+    sizes = SetPlan(torch.nn.Module(), shapes, config).sizes(0.0, True, weights)
+    assert sizes == {"a": [(2, 3)], "b": [(2, 3)], "c": [(2, 2)]}  # by itself B would have 1 of c
+
+
 def test_sets_are_the_global_prefix():
     plan = make_plan(distribution="global")
     sizes = plan.sizes(0.0, True, weights)
