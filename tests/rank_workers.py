@@ -61,11 +61,19 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+# Settings under which the sparse parameters become smaller during the six steps of `sizes_change`.
+RESIZING = {
+    "explored": {"explore_until": 3},
+    "scheduled": {"initial_density": 0.6, "density_schedule": "linear", "schedule_begin": 0, "schedule_end": 4},
+    "global": {"distribution": "global"},
+}
+
+
 def plain_loops(directory: str):
     """Loops of one's own under DDP; each rank writes what it found to `facts-RANK.json`."""
     dist.init_process_group("gloo")
     facts = {
-        "steps": exploration_ends(directory),
+        "steps": {name: sizes_change(Path(directory, f"{name}.pt"), **config) for name, config in RESIZING.items()},
         "unwrapped": refusal(lambda model: TopKastController(model.module, sgd(model)), explore_until=2),
         "other sets": refusal(TopKastController, lambda model: sgd(model), seed=dist.get_rank()),
         "drift": refusal(drift),
@@ -135,9 +143,9 @@ def count_bytes(model: DistributedDataParallel) -> list[int]:
     return sent
 
 
-def exploration_ends(directory: str) -> list[dict]:
-    """Bytes sent and bytes trained in each step, over the end of exploration; rank 0 saves where it led."""
-    model = make_ddp(explore_until=3)
+def sizes_change(path: Path, **config) -> list[dict]:
+    """Bytes sent and bytes trained in each step of a training whose sets shrink; rank 0 saves where it led."""
+    model = make_ddp(**config)
     sent = count_bytes(model)
     optimizer = sgd(model)
     TopKastController(model, optimizer)
@@ -150,7 +158,7 @@ def exploration_ends(directory: str) -> list[dict]:
         steps.append({"sent": sum(sent), "trained": trained})
         sent.clear()
     if dist.get_rank() == 0:
-        torch.save(whole(model.module), Path(directory) / "explored.pt")
+        torch.save(whole(model.module), path)
     return steps
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from rank_workers import whole
+from rank_workers import RESIZING, whole
 from ranks import launch
 from toy_models import loss_of, make_gpt2, token_batches
 
@@ -52,16 +52,22 @@ def facts(loops):
     return [json.loads((loops / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_bytes_sent_are_those_of_the_stored_numbers(facts):
+@pytest.mark.parametrize("how", RESIZING)
+def test_bytes_sent_are_those_of_the_stored_numbers(facts, how):
     for rank in facts:
-        assert len(rank["steps"]) == 6
-        for step in rank["steps"]:
+        steps = rank["steps"][how]
+        assert len(steps) == 6
+        for step in steps:
             assert step["sent"] == pytest.approx(step["trained"], rel=0.01)
-        assert rank["steps"][3]["sent"] < 0.7 * rank["steps"][2]["sent"]  # exploration has ended
+        if how == "explored":
+            assert steps[3]["sent"] < 0.7 * steps[2]["sent"]
+        if how == "scheduled":
+            assert steps[4]["sent"] < 0.9 * steps[2]["sent"] < 0.9 * steps[1]["sent"]
 
 
-def test_exploration_ends_under_ddp(loops):
-    model = sparsify(make_gpt2(), density=0.2, refresh_every=2, explore_until=3)
+@pytest.mark.parametrize("how", RESIZING)
+def test_sizes_change_under_ddp(loops, how):
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2, **RESIZING[how])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     TopKastController(model, optimizer)
     for tokens in token_batches(6):  # the first two thirds went to one rank each, the last one to both
@@ -69,7 +75,7 @@ def test_exploration_ends_under_ddp(loops):
         for part, share in zip(tokens.chunk(3), (1 / 4, 1 / 4, 1 / 2)):
             (share * loss_of(model, part)).backward()
         optimizer.step()
-    check_same(whole(model), torch.load(loops / "explored.pt"))
+    check_same(whole(model), torch.load(loops / f"{how}.pt"))
 
 
 def test_unwrapped_model_whose_parameters_shrink_is_refused(facts):
