@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
 from hf_topkast.methods import topkast
 from hf_topkast.ops import BACKENDS
+from hf_topkast.pattern import Pattern
 from hf_topkast.selection import set_size
 
 
@@ -117,6 +118,19 @@ def test_reassign_to_fewer_weights_gives_memory_back(dense):
     assert values.untyped_storage().nbytes() == 14 * 4
     assert layer.reservoir.numel() == 70 - 14
     assert torch.equal(layer.theta(), theta)
+
+
+def test_the_size_of_a_is_read_off_once_for_each_choice_of_the_sets(dense, monkeypatch):
+    reads = []
+    monkeypatch.setattr(Pattern, "active", property(lambda self: reads.append(1) or int(self.row_offsets[7])))
+    layer, other = make_sparse(dense), make_sparse(dense, density=0.3)
+    assert (layer.active_count, layer.active_count, other.active_count) == (14, 14, 21)
+    assert len(reads) == 2
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        clone.load_state_dict(other.state_dict())
+        assert (clone.active_count, layer.active_count) == (21, 14)
+    layer.reassign(*choose(rows(dense), 0.1, 0.5))
+    assert layer.active_count == layer.active_mask.sum() == 7
 
 
 def test_reservoir_use_counts_first_visits_to_a(dense):

@@ -51,8 +51,8 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     return gradient
 
 
-def rows_per_chunk(pattern: Pattern) -> int:
-    """How many rows of the dense gradient exist at once: whole rows of blocks."""
-    elements = max(MIN_CHUNK_ELEMENTS, int(pattern.numel * GRADIENT_CHUNK))
+def rows_per_chunk(pattern: Pattern, least: int | None = None) -> int:
+    """How many rows of the dense gradient exist at once: whole rows of blocks, of `least` elements at least."""
+    elements = max(MIN_CHUNK_ELEMENTS if least is None else least, int(pattern.numel * GRADIENT_CHUNK))
     height = pattern.block_size[0]
     return max(1, elements // max(1, pattern.shape[1] * height)) * height

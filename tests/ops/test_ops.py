@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -159,5 +162,24 @@ def test_without_the_kernels_the_reference_is_used_and_said_so_once(monkeypatch)
 def test_backend_names():
     assert select_backend("auto") == "auto"
     assert select_backend("reference") == "reference"
-    with pytest.raises(ValueError, match="backend='tpu'.*reference"):
+    with pytest.raises(ValueError, match="backend='tpu'.*triton.*reference"):
         select_backend("tpu")
+
+
+def test_triton_is_imported_only_where_it_is_asked_for():
+    script = """
+import sys, torch, hf_topkast
+sys.modules["triton"] = None  # as if it were not installed: an import of it fails
+layer = hf_topkast.sparsify(torch.nn.Sequential(torch.nn.Linear(4, 4)), density=0.5, target_modules=["0"])
+layer(torch.ones(2, 4)).sum().backward()
+assert "hf_topkast.ops.triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_triton_by_name(monkeypatch):
+    monkeypatch.setattr(ops, "has_triton", lambda: True)
+    assert select_backend("triton") == "triton"
+    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match=r"not installed.*hf-topkast\[gpu\]"):
+        select_backend("triton")

@@ -1,5 +1,10 @@
 """The Triton kernels against the dense masked product: on a GPU if there is one, else in Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,10 +118,18 @@ def test_every_tile_of_the_block_gradients(tiles, monkeypatch):
     assert_products(problem((48, 256), 70, block_size=(16, 64), dtype=torch.bfloat16))
 
 
-def test_rows_longer_than_a_tile_and_gradients_in_chunks():
-    assert_products(problem((10, 7 * expand.TILE + 5), 3))
-    assert reference.rows_per_chunk(problem((10, 7 * expand.TILE + 5), 3)[1]) < 10
-    assert_products(problem((16, 2 * expand.TILE), 3, block_size=(4, 2)))
+def test_rows_longer_than_a_tile():
+    assert_products(problem((4, 2 * expand.TILE + 5), 3))
+    assert_products(problem((8, 2 * expand.TILE), 3, block_size=(4, 2)))
+
+
+@pytest.mark.parametrize("elements", [1, 200, 300])
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 2)])
+def test_gradients_in_chunks(elements, block_size, monkeypatch):
+    monkeypatch.setattr(expand, "MIN_CHUNK_ELEMENTS", elements)
+    case = problem((16, 40), 3, block_size=block_size)
+    assert reference.rows_per_chunk(case[1], elements) < 16
+    assert_products(case)
 
 
 def test_columns_of_more_blocks_than_a_tile(monkeypatch):
@@ -328,3 +341,17 @@ def test_tf32_only_where_torch_allows_it(precision, dot):
         assert block_sparse.precision() == dot
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_kernels_compile_for_gpus(tmp_path):
+    # The interpreter runs what the compiler refuses, and the other way about.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), "90"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    for name in ("forward", "grad_input", "grad_values"):
+        for kind, unit in {"bf16": "f32.bf16.bf16", "tf32": "f32.tf32.tf32"}.items():
+            assert unit in kernels[kind][name]  # on tensor cores
+        assert "cp.async" in kernels["bf16"][name]  # loads run ahead of the products
+    _, _, after_zeros = kernels["bf16"]["expand"].partition("st.global")
+    assert "bar.sync" in after_zeros.partition("ld.global")[0]  # before the weights that overwrite them are read

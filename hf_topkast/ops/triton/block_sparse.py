@@ -106,9 +106,7 @@ def _product_kernel(
 
 
 @triton.jit
-def _transpose_kernel(
-    row_offsets, columns, counts, block_rows, slots, height, STEPS: tl.constexpr, TILE: tl.constexpr
-):
+def _transpose_kernel(row_offsets, columns, counts, rows, slots, height, STEPS: tl.constexpr, TILE: tl.constexpr):
     """The blocks of A in one column: their number, rows and slots, found by a binary search in each row."""
     column = tl.program_id(0)
     found = 0
@@ -125,7 +123,7 @@ def _transpose_kernel(
             high = tl.where(open_ & (before == 0), middle, high)
         hit = tl.load(columns + low, mask=low < end, other=-1).to(tl.int32) == column
         place = column * height + found + tl.cumsum(hit.to(tl.int32)) - 1
-        tl.store(block_rows + place, row, mask=hit)
+        tl.store(rows + place, row, mask=hit)
         tl.store(slots + place, low, mask=hit)
         found += tl.sum(hit.to(tl.int32))
     tl.store(counts + column, found)
