@@ -196,7 +196,7 @@ def plan() -> list[dict]:
 
 def main():
     """Prints the table."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, devices=("cpu",))
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--plan", action="store_true")
