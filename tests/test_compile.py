@@ -4,10 +4,9 @@ import pytest
 import torch
 from test_trainer import CONFIG, make_trainer, same_weights
 from torch._dynamo.utils import counters
-from toy_models import make_gpt2, make_llama, token_batches
+from toy_models import choose_sets, make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, TopKastController, densify, sparsify
-from hf_topkast.methods.topkast import choose
 from hf_topkast.surgery import sparse_layers
 
 
@@ -80,7 +79,7 @@ def test_sizes_that_change_often_need_two_graphs_where_torch_is_told():
             tokens = token_batches(1)[0]
             compiled(input_ids=tokens, labels=tokens).loss.backward()
             for _, layer in sparse_layers(model):
-                layer.reassign(*choose(layer.theta(), density, 2 * density))
+                layer.reassign(*choose_sets(layer.theta(), density, 2 * density))
     assert compiled_graphs() == 2
 
 

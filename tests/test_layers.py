@@ -4,18 +4,12 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_models import choose_sets
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
-from hf_topkast.methods import topkast
 from hf_topkast.ops import BACKENDS
 from hf_topkast.pattern import Pattern
-from hf_topkast.selection import set_size
-
-
-def choose(theta, density, backward_density):
-    """A and B of Top-KAST as masks, by their densities."""
-    return topkast.choose(theta, *(set_size(theta.numel(), share) for share in (density, backward_density)))
 
 
 def make_linear(bias=True):
@@ -35,7 +29,7 @@ def rows(dense):
 
 def make_sparse(dense, density=0.2, backward_density=0.5, **settings):
     kind = TopKastConv1D if isinstance(dense, Conv1D) else TopKastLinear
-    return kind(dense, *choose(rows(dense), density, backward_density), **settings)
+    return kind(dense, *choose_sets(rows(dense), density, backward_density), **settings)
 
 
 KINDS = {"linear": make_linear, "no bias": lambda: make_linear(bias=False), "conv1d": make_conv1d}
@@ -48,7 +42,7 @@ def dense(request):
 
 def test_views_are_in_the_stock_layout(dense):
     layer = make_sparse(dense)
-    active, backward = choose(rows(dense), 0.2, 0.5)
+    active, backward = choose_sets(rows(dense), 0.2, 0.5)
     if isinstance(dense, Conv1D):
         active, backward = active.T, backward.T
     assert torch.equal(layer.active_mask, active)
@@ -98,7 +92,7 @@ def test_reassign_keeps_the_parameter_and_every_weight(dense):
     values, theta = layer.values, layer.theta()
     layer(torch.randn(4, 10)).sum().backward()
     draw = torch.rand(7, 10)
-    active, backward = choose(draw, 0.2, 0.5)
+    active, backward = choose_sets(draw, 0.2, 0.5)
     places = layer.pattern.flat_index()
     sources = layer.reassign(active, backward)
     assert layer.values is values and values.grad is None
@@ -151,7 +145,7 @@ def test_state_dict_is_complete(dense):
     other = make_sparse(copy.deepcopy(dense))
     with torch.no_grad():
         layer.values.add_(1.0)
-    layer.reassign(*choose(torch.rand(7, 10), 0.1, 0.3))
+    layer.reassign(*choose_sets(torch.rand(7, 10), 0.1, 0.3))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.theta(), layer.theta())
     assert torch.equal(other.active_mask, layer.active_mask)
@@ -206,7 +200,7 @@ class TestReservoirDevice:
 
     def test_state_dict_round_trip(self, dense, device):
         layer = make_sparse(dense, reservoir_device=device)
-        layer.reassign(*choose(torch.rand(7, 10), 0.1, 0.3))
+        layer.reassign(*choose_sets(torch.rand(7, 10), 0.1, 0.3))
         state = layer.state_dict()
         assert state.keys() == make_sparse(dense).state_dict().keys()
         other = make_sparse(dense, reservoir_device=device)
@@ -219,7 +213,7 @@ class TestReservoirDevice:
     def test_reassign_and_shrink(self, dense, device):
         layer = make_sparse(dense, reservoir_device=device)
         theta = layer.theta()
-        layer.reassign(*choose(torch.rand(7, 10), 0.2, 0.5))
+        layer.reassign(*choose_sets(torch.rand(7, 10), 0.2, 0.5))
         assert torch.equal(layer.theta(), theta)
         active = layer.pattern.active_mask()
         layer.reassign(active, active)

@@ -4,6 +4,9 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_topkast.methods import topkast
+from hf_topkast.selection import set_size
+
 
 VOCABULARY = 48
 
@@ -57,3 +60,8 @@ def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Next-token loss in the model's own dtype; transformers' own loss would round to float32."""
     logits = model(input_ids=tokens).logits
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def choose_sets(theta: torch.Tensor, density: float, backward_density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of Top-KAST as masks of the shape of `theta`."""
+    return topkast.choose(theta, *(set_size(theta.numel(), share) for share in (density, backward_density)))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import generate, kernels, measure, memory, scaling, step_time
+from benchmarks import fine_tuning, generate, kernels, measure, memory, scaling, step_time
 
 
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
@@ -65,3 +65,16 @@ def test_crossover_lies_where_the_ratios_pass_one():
     assert crossover.crossover([2.0] * len(grid)) == 1
     assert crossover.crossover([0.9] * len(grid)) == 0
     assert crossover.crossover([1.5, 1.5, 0.5, *[0.1] * (len(grid) - 3)]) == pytest.approx((grid[1] + grid[2]) / 2)
+
+
+def test_fine_tuning_of_a_byte_model(tmp_path, monkeypatch, capsys):
+    measure.make_gpt2(layers=1, width=16, positions=16, vocabulary=256).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 4)
+    options = ["--steps", "4", "--window", "16", "--batch-size", "2", "--learning-rates", "1e-2", "--threads", "1"]
+    places = [str(tmp_path / name) for name in ("model", "text", "text")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *places, *options, "--json", str(tmp_path / "out.json")])
+    fine_tuning.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == list(fine_tuning.variants(0.2))
+    assert [round(row["density at the end"], 1) for row in rows] == [1.0] + [0.2] * (len(rows) - 1)
+    assert rows[0]["before"] == rows[0]["at the first step"] == rows[2]["at the first step"]  # cubic starts dense
