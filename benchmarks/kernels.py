@@ -25,8 +25,8 @@ from types import ModuleType
 import torch
 
 from hf_topkast.ops import BACKENDS, implementation
-from hf_topkast.pattern import Pattern
-from hf_topkast.selection import block_norms, set_size, spread_blocks, top_mask
+from hf_topkast.pattern import Pattern, spread_blocks
+from hf_topkast.selection import block_norms, set_size, top_mask
 
 from .measure import interleaved, machine, make_parser, median_ratio, plot_bars
 

@@ -255,6 +255,11 @@ class TopKastLayer(nn.Module):
                 f"the state holds {stored} values, {sized['columns'].numel()} columns and "
                 f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
             )
+        if sized["row_offsets"].shape != self.row_offsets.shape:
+            return (
+                f"the state has {sized['row_offsets'].numel()} row_offsets and this layer {self.row_offsets.numel()}: "
+                f"it was saved with another block_size than {self.block_size}."
+            )
         if int(sized["row_offsets"][-1]) != sized["columns"].numel():
             return (
                 f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "

@@ -1,5 +1,6 @@
 """The active and the exploration set of one layer as one CSR structure."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,9 +43,17 @@ class Pattern(NamedTuple):
 
     @classmethod
     def from_masks(cls, active: Tensor, backward: Tensor, block_size: tuple[int, int] = (1, 1)) -> "Pattern":
-        """Builds the structure from two bool masks of shape (out, in), with `active` inside `backward`."""
+        """
+        Builds the structure from two bool masks of shape (out, in), with `active` inside `backward`.
+
+        Raises:
+            ValueError: if a mask is not made of whole blocks.
+        """
         height, width = block_size
-        sets = torch.cat([active, backward & ~active])[::height, ::width]
+        masks = torch.cat([active, backward & ~active])
+        sets = masks[::height, ::width]
+        if height * width > 1 and not torch.equal(spread_blocks(sets, block_size), masks):
+            raise ValueError(f"The sets are not made of whole blocks of {height}×{width} weights.")
         row_offsets = torch.zeros(len(sets) + 1, dtype=torch.int64, device=sets.device)
         torch.cumsum(sets.sum(1), 0, out=row_offsets[1:])
         columns = sets.nonzero()[:, 1]
@@ -110,6 +119,12 @@ def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     slots = torch.full((old.numel,), -1, dtype=slot_dtype, device=old.columns.device)
     slots[old.flat_index()] = torch.arange(old.stored, dtype=slot_dtype, device=slots.device)
     return slots[new.flat_index()].long()
+
+
+def spread_blocks(mask: Tensor, block_size: Sequence[int]) -> Tensor:
+    """A mask of blocks as the mask of their weights: bool, (rows of blocks, columns of blocks) → (out, in)."""
+    height, width = block_size
+    return mask.repeat_interleave(height, 0).repeat_interleave(width, 1)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from .config import TopKastConfig
 from .distribution import DISTRIBUTIONS
 from .fused import Rows, find_parts
 from .methods import get_method
+from .pattern import spread_blocks
 from .schedule import backward_density_of, scheduled_density
-from .selection import block_norms, set_size, spread_blocks
+from .selection import block_norms, set_size
 
 
 Sizes = list[tuple[int, int]]

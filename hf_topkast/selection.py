@@ -94,9 +94,3 @@ def block_norms(theta: Tensor, block_size: Sequence[int]) -> Tensor:
     height, width = block_size
     blocks = theta.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     return blocks.double().square().sum((1, 3)).sqrt().float()
-
-
-def spread_blocks(mask: Tensor, block_size: Sequence[int]) -> Tensor:
-    """A mask of blocks as the mask of their weights: bool, (rows of blocks, columns of blocks) → (out, in)."""
-    height, width = block_size
-    return mask.repeat_interleave(height, 0).repeat_interleave(width, 1)

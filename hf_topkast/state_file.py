@@ -16,8 +16,7 @@ from .config import TopKastConfig
 from .durable import replacing
 from .methods import get_method
 from .ops import select_backend
-from .pattern import pack_bits, unpack_bits
-from .selection import spread_blocks
+from .pattern import pack_bits, spread_blocks, unpack_bits
 
 
 STATE_NAME = "topkast_state.safetensors"

@@ -123,7 +123,7 @@ def test_the_size_of_a_is_read_off_once_for_each_choice_of_the_sets(dense, monke
     for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         clone.load_state_dict(other.state_dict())
         assert (clone.active_count, layer.active_count) == (21, 14)
-    layer.reassign(*choose(rows(dense), 0.1, 0.5))
+    layer.reassign(*choose_sets(rows(dense), 0.1, 0.5))
     assert layer.active_count == layer.active_mask.sum() == 7
 
 
@@ -242,6 +242,42 @@ class TestReservoirDevice:
         layer = make_sparse(dense, density=0.5, backward_density=1.0, reservoir_device=device)
         assert layer.reservoir.numel() == 0 and layer.reservoir_use == 0
         assert torch.equal(layer.dense_weight(), dense.weight)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_operands_that_do_not_fit_are_refused(dense, backend, gradients):
+    layer = make_sparse(dense, backend=backend)
+    with torch.set_grad_enabled(gradients):
+        for shape in ((2, 9), (2, 11), (2, 1), ()):
+            with pytest.raises(ValueError, match="does not fit a sparse layer of 10 inputs"):
+                layer(torch.randn(shape))
+        with pytest.raises(ValueError, match="input is on meta and the layer's values on cpu"):
+            layer(torch.randn(2, 10, device="meta"))
+        layer.bias = nn.Parameter(torch.zeros(1))
+        with pytest.raises(ValueError, match=r"a bias of shape \(1,\)"):
+            layer(torch.randn(2, 10))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_transforms_see_the_product(dense, gradients):
+    layer, x = make_sparse(dense), torch.randn(4, 10)
+    expected = layer(x).detach()
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(x).detach(), expected)
+        assert len(torch.fx.experimental.proxy_tensor.make_fx(layer)(x).graph.nodes) > 3
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == expected.shape
+
+
+def test_a_state_of_other_blocks_is_refused_and_changes_nothing(dense):
+    layer = make_sparse(dense)
+    theta, state = layer.theta(), layer.state_dict()
+    state["row_offsets"] = torch.cat([state["row_offsets"], state["row_offsets"][-1:]])
+    with pytest.raises(RuntimeError, match="another block_size"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.theta(), theta)
 
 
 def test_initialising_anew_is_refused(dense):

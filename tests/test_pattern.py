@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_topkast.pattern import Pattern, index_dtype, pack_bits, slot_sources, unpack_bits
+from hf_topkast.pattern import Pattern, index_dtype, pack_bits, slot_sources, spread_blocks, unpack_bits
 
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -79,3 +79,17 @@ def test_bits_round_trip(bits):
     packed = pack_bits(mask)
     assert packed.numel() == -(-len(bits) // 8)
     assert torch.equal(unpack_bits(packed, len(bits)), mask)
+
+
+def test_spread_blocks():
+    mask = torch.tensor([[True, False]])
+    assert spread_blocks(mask, (2, 3)).tolist() == [[True] * 3 + [False] * 3] * 2
+
+
+def test_masks_that_are_not_whole_blocks_are_refused():
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 0] = True
+    with pytest.raises(ValueError, match="not made of whole blocks of 2×1"):
+        Pattern.from_masks(mask, mask, (2, 1))
+    mask[1, 0] = True
+    Pattern.from_masks(mask, mask, (2, 1))

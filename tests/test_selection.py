@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_topkast.selection import block_norms, check_finite, set_size, spread_blocks, spread_mask, top_mask
+from hf_topkast.selection import block_norms, check_finite, set_size, spread_mask, top_mask
 
 
 def by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -75,8 +75,3 @@ def test_block_norms(block_size, dtype):
     for row, parts in enumerate(theta.split(block_size[0], 0)):
         for column, block in enumerate(parts.split(block_size[1], 1)):
             torch.testing.assert_close(norms[row, column], block.double().norm().float())
-
-
-def test_spread_blocks():
-    mask = torch.tensor([[True, False]])
-    assert spread_blocks(mask, (2, 3)).tolist() == [[True] * 3 + [False] * 3] * 2

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.utils import logging
 
 from ..pattern import Pattern
@@ -94,16 +95,50 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
 
     Returns:
         `torch.Tensor`: (..., out), in the dtype of `x`, or autocast's where autocast is on.
+
+    Raises:
+        ValueError: if the operands do not fit each other, in shape or device.
     """
+    _check_operands(x, values, pattern, bias)
     device_type = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta:
+    if not torch.is_grad_enabled() and _runs_at_once(x):
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
+
+
+def _check_operands(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None):
+    """Backends hand over addresses: what does not fit would be read past its end."""
+    if x.ndim == 0 or x.shape[-1] != pattern.shape[1]:
+        raise ValueError(
+            f"An input of shape {tuple(x.shape)} does not fit a sparse layer of {pattern.shape[1]} inputs and "
+            f"{pattern.shape[0]} outputs: its last dimension must be {pattern.shape[1]}."
+        )
+    if values.shape[0] != pattern.stored or (bias is not None and bias.shape != pattern.shape[:1]):
+        raise ValueError(
+            f"{values.shape[0]} values{'' if bias is None else f' and a bias of shape {tuple(bias.shape)}'} are not "
+            f"those of a sparse layer of {pattern.shape[0]} outputs and {pattern.stored} stored weights."
+        )
+    for name, operand in (("values", values), ("columns", pattern.columns), ("bias", bias)):
+        if operand is not None and operand.device != x.device:
+            raise ValueError(
+                f"The input is on {x.device} and the layer's {name} on {operand.device}: move the model, or the input."
+            )
+
+
+def _runs_at_once(x: Tensor) -> bool:
+    """Whether a product may bypass the dispatcher: nothing traces it, transforms it or stands in for its numbers."""
+    return type(x) is Tensor and not (
+        x.is_meta
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode()
+    )
 
 
 @torch.library.custom_op("hf_topkast::linear", mutates_args=())

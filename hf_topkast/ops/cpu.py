@@ -55,7 +55,7 @@ def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) ->
         pass
     elif tokens <= DOT_TOKENS:
         rows, numbers = rows.float(), y.float()
-        threads = thread_count(tokens * pattern.stored)
+        threads = thread_count(tokens * pattern.stored)  # of A only, but counting them takes longer
         _native.forward_dots(isa, threads, *common, tokens, rows.data_ptr(), numbers.data_ptr())
         if numbers is not y:
             y.copy_(numbers)

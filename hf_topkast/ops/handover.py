@@ -51,7 +51,21 @@ def array(tensor: Tensor) -> "_native.Array":
 
 
 def structure(pattern: Pattern) -> "_native.Pattern":
-    """The arrays and sizes of a pattern."""
+    """
+    The arrays and sizes of a pattern.
+
+    Raises:
+        TypeError: if they are not what [`Pattern.from_masks`] makes; the kernels would read past their ends.
+    """
+    offsets, columns = pattern.row_offsets, pattern.columns
+    whole = offsets.is_contiguous() and columns.is_contiguous() and offsets.device.type == columns.device.type == "cpu"
+    types = columns.dtype in (torch.int16, torch.int32) and offsets.dtype in (torch.int32, torch.int64)
+    if not (whole and types and offsets.numel() == 2 * (pattern.shape[0] // pattern.block_size[0]) + 1):
+        raise TypeError(
+            "The C++ kernels need a pattern of contiguous integers on the CPU, 32 or 64 bits for row_offsets and 16 or 32 "
+            f"for columns, not {offsets.numel()} of {offsets.dtype} and {columns.numel()} of {columns.dtype} on "
+            f"{columns.device} for a layer of {pattern.shape}."
+        )
     arrays = array(pattern.row_offsets), array(pattern.columns)
     return _native.Pattern(*arrays, *pattern.shape, *pattern.block_size)
 

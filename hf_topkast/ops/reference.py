@@ -40,7 +40,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     gradient = x.new_empty(pattern.stored)
     flat = pattern.flat_index()
     (out_features, in_features), (height, width) = pattern.shape, pattern.block_size
-    slots = (pattern.row_offsets * (height * width)).tolist()
+    slots = [offset * height * width for offset in pattern.row_offsets.tolist()]
     rows = rows_per_chunk(pattern)
     for start in range(0, out_features, rows):
         end = min(start + rows, out_features)

@@ -195,6 +195,24 @@ def test_what_it_cannot_multiply_is_an_error():
         cpu.forward(dy, values, pattern, bias)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"columns": lambda columns: columns.long()},
+        {"columns": lambda columns: columns.repeat_interleave(2)[::2]},
+        {"row_offsets": lambda offsets: offsets[:-1]},
+        {"row_offsets": lambda offsets: offsets.to(torch.int16)},
+    ],
+)
+def test_a_pattern_that_it_would_misread_is_an_error(change):
+    _, pattern, values, bias, x, dy = problem((6, 5), 4, (0.4, 0.7))
+    ((name, alter),) = change.items()
+    other = pattern._replace(**{name: alter(getattr(pattern, name))})
+    for product in (lambda: cpu.forward(x, values, other, bias), lambda: cpu.grad_input(dy, values, other)):
+        with pytest.raises(TypeError, match="contiguous integers"):
+            product()
+
+
 def test_torch_and_the_kernels_share_one_thread_pool():
     maps = Path("/proc/self/maps")
     if not maps.exists():

@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "dense.h"
@@ -14,7 +13,7 @@ namespace nb = nanobind;
 using namespace hf_topkast;
 
 NB_MODULE(_native, m) {
-    m.doc() = "Masked products on CPUs; called by cpu.py, which checks every argument.";
+    m.doc() = "Masked products on CPUs; called by cpu.py and expanded.py; handover.py checks every argument.";
     auto released = nb::call_guard<nb::gil_scoped_release>();
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
