@@ -31,6 +31,10 @@ CROSSOVERS: dict[tuple[str, bool], tuple[float, ...]] = {
 }
 # How much higher the crossovers lie where blocks let outputs share the loads of their inputs (25–50% less time).
 BLOCK_GAIN = 1.3
+# The table's sparse kernels for few tokens, which walk the pattern as it is, are for single weights only (and for a
+# forward pass of up to 3 tokens): with blocks, an expanded α is faster below so many tokens, where blocks let outputs
+# share loads and where they do not.
+BLOCK_TOKENS = {True: 32, False: 128}
 
 
 def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
@@ -43,11 +47,14 @@ def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
         pattern ([`Pattern`]): of the sparse one.
     """
     tokens = x.numel() // max(1, x.shape[-1])
+    side = pattern.block_size[1 if product == "grad_input" else 0]
+    shared = side % 4 == 0
+    if pattern.block_size != (1, 1) and tokens < BLOCK_TOKENS[shared] and (product != "forward" or tokens > 3):
+        return False
     limit = CROSSOVERS[product, AMX and x.dtype == torch.bfloat16][max(0, bisect_right(TOKENS, tokens) - 1)]
     if limit >= 1:
         return True
-    side = pattern.block_size[1 if product == "grad_input" else 0]
-    if side % 4 == 0:
+    if shared:
         limit *= BLOCK_GAIN
     count = pattern.stored if product == "grad_values" else pattern.active
     return count <= limit * pattern.numel

@@ -43,9 +43,17 @@ def test_few_tokens_have_their_own_limit(half):
 
 
 def test_blocks_raise_the_limit_where_they_share_loads(half):
-    x, sparse = torch.zeros(64, 80), pattern_of(0.625, block_size=(4, 1))
+    x, sparse = torch.zeros(200, 80), pattern_of(0.625, block_size=(4, 1))
     assert costs.sparse_is_faster("forward", x, sparse)
     assert not costs.sparse_is_faster("grad_input", x, sparse)
+
+
+def test_blocks_have_no_kernels_for_few_tokens():
+    shared, apart = pattern_of(0.125, block_size=(4, 1)), pattern_of(0.125, block_size=(2, 2))
+    for tokens, expected in ((3, (True, True)), (8, (False, False)), (40, (True, False)), (200, (True, True))):
+        x = torch.zeros(tokens, 80)
+        assert tuple(costs.sparse_is_faster("forward", x, pattern) for pattern in (shared, apart)) == expected
+    assert not costs.sparse_is_faster("grad_values", torch.zeros(3, 80), shared)
 
 
 def test_matrix_units_multiply_bfloat16_only(monkeypatch):
