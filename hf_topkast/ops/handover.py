@@ -62,9 +62,9 @@ def structure(pattern: Pattern) -> "_native.Pattern":
     types = columns.dtype in (torch.int16, torch.int32) and offsets.dtype in (torch.int32, torch.int64)
     if not (whole and types and offsets.numel() == 2 * (pattern.shape[0] // pattern.block_size[0]) + 1):
         raise TypeError(
-            "The C++ kernels need a pattern of contiguous integers on the CPU, int32 or int64 row_offsets and int16 or "
-            f"int32 columns, not {offsets.numel()} of {offsets.dtype} and {columns.numel()} of {columns.dtype} on "
-            f"{columns.device} for a layer of {pattern.shape}."
+            "The C++ kernels need a pattern of contiguous integers on the CPU, with 32 or 64 bits for row_offsets and "
+            f"16 or 32 for columns, not {offsets.numel()} of {offsets.dtype} and {columns.numel()} of "
+            f"{columns.dtype} on {columns.device} for a layer of {pattern.shape}."
         )
     arrays = array(pattern.row_offsets), array(pattern.columns)
     return _native.Pattern(*arrays, *pattern.shape, *pattern.block_size)
