@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "memory.h"
+
 namespace hf_topkast {
 namespace {
 
@@ -32,6 +34,7 @@ inline void for_pieces(const Pattern& pattern, const Column* columns, int64_t li
 
 void expand(const Pattern& pattern, const Array& values, const Array& alpha, int threads) {
     int64_t in = pattern.in_features, width = pattern.width;
+    expect_large_pages(alpha, pattern.out_features * in);
     with_types(pattern, values, alpha, [&](auto* columns, auto* from, auto* to) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t row = 0; row < pattern.out_features; ++row) {

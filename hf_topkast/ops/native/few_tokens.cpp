@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "scratch.h"
+#include "memory.h"
 
 namespace hf_topkast {
 namespace {

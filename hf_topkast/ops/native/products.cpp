@@ -1,29 +1,14 @@
 #include "products.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "memory.h"
 #include "panels.h"
-#include "scratch.h"
 
 namespace hf_topkast {
 namespace {
-
-// Asks for large pages under a large new output: its pages are touched for the first time by the product, and on a
-// 3072 × 768 layer small ones would cost as much as the arithmetic.
-void expect_large_pages(const Array& output, int64_t size) {
-#if defined(__linux__)
-    constexpr uintptr_t LARGE = uintptr_t(1) << 21;
-    uintptr_t first = (output.address + LARGE - 1) / LARGE * LARGE;
-    uintptr_t last = (output.address + size * output.itemsize) / LARGE * LARGE;
-    if (first + 4 * LARGE <= last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
 
 void multiply(const Kernels& kernels, const Schedule& schedule, const Panels& panels, const Array& input, int64_t tokens,
               const float* initial, const Array& output) {

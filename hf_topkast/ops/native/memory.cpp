@@ -1,4 +1,8 @@
-#include "scratch.h"
+#include "memory.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <new>
@@ -20,6 +24,15 @@ float* scratch(int64_t floats) {
         buffer.size = floats;
     }
     return buffer.data;
+}
+
+void expect_large_pages(const Array& output, int64_t size) {
+#if defined(__linux__)
+    constexpr uintptr_t LARGE = uintptr_t(1) << 21;
+    uintptr_t first = (output.address + LARGE - 1) / LARGE * LARGE;
+    uintptr_t last = (output.address + size * output.itemsize) / LARGE * LARGE;
+    if (first + 4 * LARGE <= last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace hf_topkast
