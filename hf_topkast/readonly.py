@@ -27,8 +27,9 @@ class ReadOnlyTensor(Tensor):
         if any(isinstance(tensor, cls) for tensor in written):
             raise RuntimeError(
                 f"'{func.__name__}' writes to the weight of a sparse layer, which is a dense copy of its values: it "
-                "would be lost. To merge an adapter call densify(model) first, or keep it beside the sparse model; to "
-                "change weights write to layer.values; to work on the copy take layer.weight.clone()."
+                "would be lost. If the model does so itself, name the layer in exclude_modules. To merge an adapter "
+                "call densify(model) first, or keep it beside the sparse model; to change weights write to "
+                "layer.values; to work on the copy take layer.weight.clone()."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
