@@ -10,6 +10,7 @@ from .config import TopKastConfig
 from .distribution import DISTRIBUTIONS
 from .fused import Rows, find_parts
 from .methods import get_method
+from .methods.topkast import choose_of_pruned
 from .pattern import spread_blocks
 from .schedule import backward_density_of, scheduled_density
 from .selection import block_norms, set_size
@@ -81,10 +82,11 @@ class SetPlan:
 
     def choose(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """A and B of one layer as bool masks of the shape of `theta`, (out, in)."""
+        choose = choose_of_pruned if self.config.density == "nonzero" else self.method.choose
         scores = self._scores(theta)
         active, backward = (torch.zeros_like(scores, dtype=torch.bool) for _ in range(2))
         for rows, (size, backward_size) in zip(self.parts[name], sizes):
-            active[rows], backward[rows] = self.method.choose(scores[rows], size, backward_size)
+            active[rows], backward[rows] = choose(scores[rows], size, backward_size)
         if self.config.block_size == [1, 1]:
             return active, backward
         return spread_blocks(active, self.config.block_size), spread_blocks(backward, self.config.block_size)
