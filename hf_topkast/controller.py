@@ -22,6 +22,7 @@ from .distributed import (
     world_size,
 )
 from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
+from .penalty import add_penalty, penalty_of, shrink
 from .plan import SetPlan, Sizes
 from .schedule import density_window, refresh_due, resolve_step, way_left
 from .selection import check_finite
@@ -196,19 +197,14 @@ class TopKastController:
                 )
 
     def _apply_penalty(self, layer: TopKastLayer, group: dict):
-        """λ·θ on A and λ·θ/density on B\\A (the paper's §2.3), into the gradient or, decoupled, into the values."""
         if self.config.penalty == 0:
             return
-        on_active, on_exploration = self.config.penalty, self.config.penalty / self._density
-        size, values, gradient = self._active_here(layer), local(layer.values), local(layer.values.grad)
-        for part, strength in ((slice(None, size), on_active), (slice(size, None), on_exploration)):
-            if self.config.penalty_mode == "decoupled":
-                values[part].mul_(1 - group["lr"] * strength)
-                continue
-            # A fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike.
+        place = self._active_here(layer), self._density
+        if self.config.penalty_mode == "decoupled":
+            shrink(local(layer.values), *place, group["lr"] * self.config.penalty)
+        else:  # a fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike
             scale = getattr(self.optimizer, "grad_scale", None)
-            penalised = values[part] if scale is None else values[part] * scale.to(values.dtype)
-            gradient[part].add_(penalised, alpha=strength)
+            add_penalty(local(layer.values.grad), local(layer.values), *place, self.config.penalty, scale)
 
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
@@ -334,8 +330,7 @@ class TopKastController:
         for layer in self.layers.values():
             if not layer.values.requires_grad:
                 continue
-            squares, size = local(layer.values).float().square(), self._active_here(layer)
-            part = squares[:size].sum() + squares[size:].sum() / self._density
+            part = penalty_of(local(layer.values), self._active_here(layer), self._density)
             total += float(sum_over_ranks(part, layer.values))
         return self.config.penalty / 2 * total
 
