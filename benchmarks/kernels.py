@@ -7,6 +7,7 @@ Each peer is timed in pairs with the dense product (torch.matmul), turn and turn
 of the pairs' ratios: dense time / peer time, above 1 is faster than dense. `bound` is how near the peer comes to the
 larger of two floors: the multiply-adds on the weights that the product needs, at the rate of a large dense product,
 and the bytes of its operands and result, each moved once, at the rate of a large copy. Both rates are measured first.
+`--against` puts another peer in the place of the dense product.
 Masks are random, of exact density, of single weights or of blocks. `auto` is what a layer runs; `masks` is sparsity
 simulated with dense tensors, which multiplies weights and gradients by masks; the weights of torch.sparse are
 transposed for dX beforehand, at no charge.
@@ -44,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--peers", nargs="+", help="default: auto, masks and what else runs on the device")
+    parser.add_argument("--against", default="dense", help="what the peers are timed in pairs with")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of timings; the median is shown")
     parser.add_argument("--calls", type=int, help="calls in a timing; default: 1, on a GPU 10")
     arguments = parser.parse_args()
@@ -87,7 +89,7 @@ class Problem:
         self.work = {name: tokens * size for name, size in used.items()}
         self.bytes = {name: dense + size * (dtype.itemsize + column) for name, size in used.items()}
 
-    def dense(self):
+    def _dense(self):
         return {
             "forward": lambda: self.x @ self.alpha.T,
             "grad_input": lambda: self.dy @ self.alpha,
@@ -99,7 +101,7 @@ class Problem:
             operands = {"forward": self.x, "grad_input": self.dy, "grad_values": self.x}
             chosen = {name: implementation("auto", name, x, self.pattern) for name, x in operands.items()}
             return {name: self.backend(backend)[name] for name, backend in chosen.items()}
-        others = {"torch.sparse": self._torch_sparse, "masks": self._masks}
+        others = {"dense": self._dense, "torch.sparse": self._torch_sparse, "masks": self._masks}
         return others[name]() if name in others else self.backend(BACKENDS[name])
 
     def _masks(self):
@@ -139,22 +141,22 @@ def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
 
 def measure(problem: Problem, peer: str, arguments: argparse.Namespace, limits: tuple[float, float]) -> dict:
     """One row of the table: per pass, and for the three together, by the sums of the medians."""
-    dense_passes, peer_passes = problem.dense(), problem.peer(peer)
+    against, own = problem.peer(arguments.against), problem.peer(peer)
     row, floors = {}, []
     for name in PASSES:
-        runs = {"dense": dense_passes[name], "peer": peer_passes[name]}
+        runs = {"against": against[name], "peer": own[name]}
         seconds = interleaved(runs, arguments.rounds, arguments.device, arguments.calls)
-        dense, other = seconds["dense"], seconds["peer"]
+        base, other = seconds["against"], seconds["peer"]
         floors.append(max(problem.work[name] / limits[0], problem.bytes[name] / limits[1]))
-        row[name] = cell(statistics.median(dense), statistics.median(other), median_ratio(dense, other), floors[-1])
-    dense, other = (sum(row[name][key] for name in PASSES) / 1e3 for key in ("dense_ms", "peer_ms"))
-    row["together"] = cell(dense, other, dense / other, sum(floors))
+        row[name] = cell(statistics.median(base), statistics.median(other), median_ratio(base, other), floors[-1])
+    base, other = (sum(row[name][key] for name in PASSES) / 1e3 for key in ("against_ms", "peer_ms"))
+    row["together"] = cell(base, other, base / other, sum(floors))
     return row
 
 
-def cell(dense: float, peer: float, ratio: float, least: float) -> dict:
+def cell(against: float, peer: float, ratio: float, least: float) -> dict:
     """Milliseconds of both and of the floor, which no peer can undercut."""
-    times = {"dense_ms": 1e3 * dense, "peer_ms": 1e3 * peer, "floor_ms": 1e3 * least}
+    times = {"against_ms": 1e3 * against, "peer_ms": 1e3 * peer, "floor_ms": 1e3 * least}
     return {**times, "ratio": ratio, "bound": least / peer}
 
 
@@ -165,12 +167,14 @@ def main():
     dtype = getattr(torch, arguments.dtype)
     limits = rates(dtype, arguments.device)
     used = machine(arguments.device)
-    result = {"machine": used, "dtype": arguments.dtype, "block_size": arguments.block_size, "rows": []}
+    settings = {name: getattr(arguments, name) for name in ("dtype", "against", "block_size")}
+    result = {"machine": used, **settings, "rows": []}
     result.update(peak_gflops=2e-9 * limits[0], copy_gbytes_per_second=1e-9 * limits[1])
     print(" · ".join(f"{key} {value}" for key, value in used.items()))
     print(
         f"{arguments.dtype}, blocks of {arguments.block_size[0]}×{arguments.block_size[1]}; dense product at "
-        f"{2e-9 * limits[0]:.0f} GFLOP/s, copy at {1e-9 * limits[1]:.0f} GB/s; cells: dense/peer (peer ms, floor/peer)"
+        f"{2e-9 * limits[0]:.0f} GFLOP/s, copy at {1e-9 * limits[1]:.0f} GB/s; "
+        f"cells: {arguments.against}/peer (peer ms, floor/peer)"
     )
     print("| out × in | tokens | density | peer | forward | dX | dW at B | together |\n" + "| --- " * 8 + "|")
     for shape in arguments.shapes:

@@ -22,12 +22,12 @@ AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # … the sparse kernels are the faster way up to these densities, of A or, for grad_values, of B.
 CROSSOVERS: dict[tuple[str, bool], tuple[float, ...]] = {
-    ("forward", False): (1, 0.6, 1, 0.4, 0.35, 0.3, 0.5, 0.5, 0.6),
-    ("grad_input", False): (0.1, 0.6, 0.6, 0.18, 0.18, 0.2, 0.38, 0.48, 0.6),
-    ("grad_values", False): (1, 1, 1, 0.3, 0.33, 0.44, 0.52, 0.55, 0.66),
-    ("forward", True): (1, 1, 0.38, 0.24, 0.06, 0.03, 0.03, 0.05, 0.03),
-    ("grad_input", True): (0.27, 0.37, 0.09, 0.06, 0.02, 0.02, 0.02, 0.04, 0.04),
-    ("grad_values", True): (1, 1, 1, 0.19, 0.1, 0.1, 0.1, 0.13, 0.2),
+    ("forward", False): (1, 0.8, 1, 0.65, 0.36, 0.3, 0.5, 0.54, 0.6),
+    ("grad_input", False): (0.05, 0.2, 0.44, 0.19, 0.19, 0.17, 0.33, 0.5, 0.55),
+    ("grad_values", False): (1, 0.9, 1, 0.54, 0.22, 0.25, 0.34, 0.36, 0.58),
+    ("forward", True): (1, 0.46, 0.5, 0.14, 0.07, 0.02, 0.02, 0.04, 0.03),
+    ("grad_input", True): (0.24, 0.26, 0.28, 0.06, 0.03, 0.02, 0.03, 0.04, 0.03),
+    ("grad_values", True): (0.7, 0.85, 0.85, 0.28, 0.04, 0.04, 0.05, 0.08, 0.08),
 }
 # How much higher the crossovers lie where blocks let outputs share the loads of their inputs (25–50% less time).
 BLOCK_GAIN = 1.3

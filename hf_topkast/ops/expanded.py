@@ -2,7 +2,7 @@
 The masked products through a dense α of one layer at a time, for where dense products are faster: many weights, bf16
 on a CPU with matrix units, few tokens. In C++ α is made, and gradients are read at B, at the speed of memory.
 
-Like the reference it keeps the memory promise: the dense gradient is made a few rows at a time.
+Like the reference it keeps the memory promise: the dense gradient of a large layer is made a few rows at a time.
 """
 
 import torch

@@ -2,7 +2,7 @@
 The masked products in plain torch, on any device and for any floating dtype: the oracle, and the fallback.
 
 It keeps the memory promise of the package: α of one layer exists during one product only, and the dense gradient is
-made a few rows at a time and read at B, so n gradient numbers never exist at once. It does not save time.
+read at B and gone, for large layers a few rows at a time. It does not save time.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from ..pattern import Pattern
 
 
-# Rows of the dense gradient that exist at once, as a share of the layer. A quarter costs little time against a whole
-# product on the shapes of a transformer block, and the floor keeps small layers in one or two products.
+# How much of the dense gradient exists at once: a quarter of the layer, but of smaller layers so many elements (16 MiB
+# in float32), since a product in parts takes up to a third longer.
 GRADIENT_CHUNK = 1 / 4
-MIN_CHUNK_ELEMENTS = 2**16
+MIN_CHUNK_ELEMENTS = 2**22
 
 
 def expand_active(values: Tensor, pattern: Pattern) -> Tensor:
@@ -51,8 +51,8 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     return gradient
 
 
-def rows_per_chunk(pattern: Pattern, least: int | None = None) -> int:
-    """How many rows of the dense gradient exist at once: whole rows of blocks, of `least` elements at least."""
-    elements = max(MIN_CHUNK_ELEMENTS if least is None else least, int(pattern.numel * GRADIENT_CHUNK))
+def rows_per_chunk(pattern: Pattern) -> int:
+    """How many rows of the dense gradient exist at once: whole rows of blocks."""
+    elements = max(MIN_CHUNK_ELEMENTS, int(pattern.numel * GRADIENT_CHUNK))
     height = pattern.block_size[0]
     return max(1, elements // max(1, pattern.shape[1] * height)) * height

@@ -38,7 +38,8 @@ def test_blocks(block_size):
     assert torch.equal(expanded.grad_values(dy, x, pattern), reference.grad_values(dy, x, pattern))
 
 
-def test_layers_of_several_chunks():
+def test_layers_of_several_chunks(monkeypatch):
+    monkeypatch.setattr(reference, "MIN_CHUNK_ELEMENTS", 2**16)
     _, _, pattern, _, x, dy = problem((1000, 300), tokens=3, shares=(0.01, 0.02), dtype=torch.float32)
     assert reference.rows_per_chunk(pattern) < 1000
     assert torch.equal(expanded.grad_values(dy, x, pattern), reference.grad_values(dy, x, pattern))

@@ -61,7 +61,8 @@ def test_gradient_does_not_depend_on_the_chunks(rows_per_chunk, block_size, monk
     torch.testing.assert_close(reference.grad_values(dy, x, pattern), whole)
 
 
-def test_no_dense_gradient_exists_at_once():
+def test_no_dense_gradient_exists_at_once(monkeypatch):
+    monkeypatch.setattr(reference, "MIN_CHUNK_ELEMENTS", 2**16)
     shape = (1024, 512)
     _, _, pattern, _, x, dy = problem(shape, tokens=4, dtype=torch.float32)
     largest = 0
@@ -79,7 +80,8 @@ def test_no_dense_gradient_exists_at_once():
     assert 0 < largest < shape[0] * shape[1] * 0.7  # the gradient at B itself has 0.6 n
 
 
-def test_chunks_cover_every_row_of_a_large_layer():
+def test_chunks_cover_every_row_of_a_large_layer(monkeypatch):
+    monkeypatch.setattr(reference, "MIN_CHUNK_ELEMENTS", 2**16)
     _, _, pattern, _, x, dy = problem((1000, 300), tokens=3, shares=(0.01, 0.02))
     assert reference.rows_per_chunk(pattern) < 1000
     torch.testing.assert_close(reference.grad_values(dy, x, pattern), (dy.T @ x).flatten()[pattern.flat_index()])

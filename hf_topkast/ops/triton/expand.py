@@ -16,8 +16,6 @@ from ..reference import rows_per_chunk
 
 
 TILE = 1024
-# Elements of the dense gradient that exist at once, at least: with fewer, starting kernels would take the time.
-MIN_CHUNK_ELEMENTS = 2**22
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     out_features, in_features = pattern.shape
     block_rows = out_features // pattern.block_size[0]
     gradient = torch.empty(pattern.stored, dtype=x.dtype, device=x.device)
-    rows = rows_per_chunk(pattern, MIN_CHUNK_ELEMENTS)
+    rows = rows_per_chunk(pattern)
     for first in range(0, out_features, rows):
         dense = dy[:, first : first + rows].mT @ x
         arrays = dense, gradient, pattern.row_offsets, pattern.columns
