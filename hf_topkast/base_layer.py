@@ -1,37 +1,18 @@
-"""What both sparse layers share: the numbers they store, what they compute, and how A and B change."""
+"""What both sparse layers share: what they compute, and how they look from outside."""
 
 import torch
 from torch import Tensor, nn
 
-from .distributed import full, is_sharded, local, part_of, shard_like, sum_over_ranks
+from .distributed import full, local, sum_over_ranks
 from .ops import masked_linear, select_backend
 from .ops.reference import expand_active
-from .pattern import Pattern, pack_bits, slot_sources, unpack_bits
+from .pattern import Pattern, unpack_bits
 from .readonly import ReadOnlyTensor
-from .reservoir import assemble_theta, put_to_rest, take_reservoir
+from .storage import SparseStorage
 
 
-STRUCTURE = ("row_offsets", "columns")
-TRACKING = ("unvisited", "initial_reservoir_size")
-
-
-class TopKastLayer(nn.Module):
-    """
-    What both sparse layers share. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
-
-    Attributes:
-        values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
-            life.
-        row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
-        reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
-            or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
-            Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
-        unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
-        initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
-        assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
-    """
-
-    stores_transposed = False
+class TopKastLayer(SparseStorage):
+    """What both sparse layers share: the masked product, and views of the weights and sets in the stock layout."""
 
     def _build(
         self,
@@ -42,57 +23,15 @@ class TopKastLayer(nn.Module):
         reservoir_device: str,
         block_size: tuple[int, int],
     ):
-        """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
-        theta = self.to_rows(dense.weight.detach())
-        self.backend, self.reservoir_device = select_backend(backend), reservoir_device
-        self.block_size = tuple(block_size)
-        self.assignments = 0
-        self._counted = None
-        pattern = Pattern.from_masks(active, backward, self.block_size)
-        self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
+        """Takes over weights, bias and mode of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
+        self._store(dense, active, backward, reservoir_device, block_size)
+        self.backend = select_backend(backend)
         self.register_parameter("bias", dense.bias)
-        for name in STRUCTURE:
-            self.register_buffer(name, getattr(pattern, name))
-        reservoir = take_reservoir(theta, backward)
-        if reservoir_device == "same":
-            self.register_buffer("reservoir", reservoir)
-        else:
-            self.reservoir = put_to_rest(reservoir, reservoir_device)
-        self.register_buffer("unvisited", pack_bits(~backward))
-        self.register_buffer("initial_reservoir_size", torch.tensor(self.reservoir.numel()))
         self.train(dense.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
         return masked_linear(x, self.values, self.pattern, self.bias, self.backend)
-
-    @property
-    def pattern(self) -> Pattern:
-        """Where the values stand, and which belong to A."""
-        return self._pattern(full(self.columns))
-
-    def _pattern(self, columns: Tensor) -> Pattern:
-        return Pattern(self.row_offsets, columns, self.shape, self.block_size)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), whatever the stock layout."""
-        in_features, out_features = self._features()
-        return out_features, in_features
-
-    @property
-    def numel(self) -> int:
-        """Number of weights of the layer, n."""
-        in_features, out_features = self._features()
-        return in_features * out_features
-
-    @property
-    def active_count(self) -> int:
-        """|A|."""
-        # Once for each assignment: reading it off a GPU at every step would make the host wait for the GPU.
-        if self._counted is None or self._counted[0] != self.assignments:
-            self._counted = self.assignments, self._pattern(self.columns).active
-        return self._counted[1]
 
     @property
     def density(self) -> float:
@@ -135,150 +74,6 @@ class TopKastLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """θ, the full weight with its reservoir, dense, in the stock layout: a copy."""
         return self.to_stock(self.theta())
-
-    def theta(self) -> Tensor:
-        """θ as (out, in), whatever the stock layout: a copy."""
-        return assemble_theta(full(self.values.detach()), self.pattern, full(self.reservoir))
-
-    @torch.no_grad()
-    def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
-        """
-        Makes `active` and `backward` the sets A and B; every weight keeps its number. The parameter stays the same
-        object, and its gradient is dropped, for it belongs to the former slots.
-
-        Args:
-            active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
-            theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
-
-        Returns:
-            `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
-        """
-        theta = self.theta() if theta is None else theta
-        pattern = Pattern.from_masks(active, backward, self.block_size)
-        sources = slot_sources(self.pattern, pattern)
-        self.values.grad = None
-        self._write("values", theta.flatten()[pattern.flat_index()])
-        for name in STRUCTURE:
-            self._write(name, getattr(pattern, name))
-        self._write("reservoir", take_reservoir(theta, backward))
-        local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
-        self.assignments += 1
-        return sources
-
-    def offer_columns(self):
-        """
-        Makes `columns` a parameter without gradient, the only kind of tensor that FSDP2 shards and gathers for a
-        product. Call it before the model is wrapped; else every rank keeps all columns.
-        """
-        if "columns" in self._buffers:
-            self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
-
-    def shard_rest(self):
-        """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
-        if is_sharded(self.values) and not is_sharded(self.reservoir):
-            self.unvisited = shard_like(self.unvisited, self.values)
-            self.reservoir = shard_like(self.reservoir, self.values)
-            if self._rests_elsewhere:
-                self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
-
-    @property
-    def _rests_elsewhere(self) -> bool:
-        return self.reservoir_device != "same"
-
-    def _write(self, name: str, new: Tensor):
-        current = getattr(self, name)
-        if current.shape == new.shape:
-            local(current).copy_(part_of(new, current))
-        elif is_sharded(current):
-            raise RuntimeError(
-                f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
-                f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
-            )
-        elif name == "reservoir" and self._rests_elsewhere:
-            self.reservoir = put_to_rest(new, self.reservoir_device)
-        else:  # the same tensor object, so that optimizers and hooks keep hold of it
-            new = new.to(current)
-            # A loss of the last step that is still referenced keeps autograd's accumulator of the former size alive;
-            # only a change of dtype makes torch drop it.
-            current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
-            current.data = new
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
-            self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
-        return self
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
-            self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_sharded(self.columns):  # which gloo can only gather in 32 bits
-            destination[f"{prefix}columns"] = self.columns.to(torch.int32)
-        if self._rests_elsewhere:
-            destination[f"{prefix}reservoir"] = self.reservoir
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
-            errors.append(
-                f"Layer '{prefix[:-1]}' is sparse, but the state dict holds a dense '{prefix}weight' for it. To go on "
-                "from a saved checkpoint directory use from_pretrained, or TopKastTrainer to resume training; to "
-                "start from dense weights load them first and sparsify the model afterwards."
-            )
-            return
-        problem = self._fit_storage(state_dict, prefix)
-        if problem:
-            errors.append(f"Layer '{prefix[:-1]}': {problem}")
-            return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self.assignments += 1
-        if self._rests_elsewhere:  # no buffer, so torch does not know the key
-            key = f"{prefix}reservoir"
-            if key in state_dict:
-                self.reservoir.copy_(state_dict[key])
-                unexpected[:] = [other for other in unexpected if other != key]
-            elif strict:
-                missing.append(key)
-
-    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
-        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
-        sized = {name: state_dict.get(prefix + name) for name in ("values", "columns", "reservoir", "row_offsets")}
-        if any(tensor is None for tensor in sized.values()):
-            return None  # reported as missing keys by torch
-        stored = sized["values"].numel()
-        entries = stored // (self.block_size[0] * self.block_size[1])
-        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != entries:
-            return (
-                f"the state holds {stored} values, {sized['columns'].numel()} columns and "
-                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
-            )
-        if sized["row_offsets"].shape != self.row_offsets.shape:
-            return (
-                f"the state has {sized['row_offsets'].numel()} row_offsets and this layer {self.row_offsets.numel()}: "
-                f"it was saved with another block_size than {self.block_size}."
-            )
-        if int(sized["row_offsets"][-1]) != sized["columns"].numel():
-            return (
-                f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
-                f"{sized['columns'].numel()} columns."
-            )
-        for name in ("values", "columns", "reservoir"):
-            if getattr(self, name).shape != sized[name].shape:
-                self._write(name, sized[name].detach())
-        return None
-
-    @classmethod
-    def to_rows(cls, stock: Tensor) -> Tensor:
-        """A weight from the stock layout to (out, in)."""
-        return stock.T.contiguous() if cls.stores_transposed else stock
-
-    @classmethod
-    def to_stock(cls, rows: Tensor) -> Tensor:
-        """A weight from (out, in) to the stock layout."""
-        return rows.T.contiguous() if cls.stores_transposed else rows
 
     def reset_parameters(self):
         """Refuses what `nn.Linear` does: an initialisation would write to a copy of the dense weight, and be lost."""

@@ -30,6 +30,9 @@ class TopKastConfig(QuantizationConfigMixin):
             `density="nonzero"` a layer's B defaults to twice its A, with `method="static"` to A.
         refresh_every (`int`, *optional*, defaults to 100):
             Optimizer steps between two choices of A and B (the paper's N).
+        refresh_lag (`int`, *optional*, defaults to 0):
+            So many steps before they change, A and B are chosen in a thread, from the weights of that moment, while
+            training goes on. Less than `refresh_every`. 0, the paper: training waits for the choice.
         explore_until (`int` or `float`, *optional*):
             Fraction of training (up to 1) or optimizer step (above 1) after which B becomes A. `None`: never.
         initial_density (`float`, *optional*):
@@ -87,6 +90,9 @@ class TopKastConfig(QuantizationConfigMixin):
         metadata={"help": "Share of the weights in B ⊇ A. Default: min(1, 2 * density); that of A if static."},
     )
     refresh_every: int = field(default=100, metadata={"help": "Optimizer steps between two choices of A and B."})
+    refresh_lag: int = field(
+        default=0, metadata={"help": "Choose A and B so many steps ahead, while training goes on. 0: training waits."}
+    )
     explore_until: float | None = field(
         default=None,
         metadata={"help": "Fraction of training (<= 1) or step (> 1) after which B becomes A. Default: never."},
@@ -159,6 +165,8 @@ class TopKastConfig(QuantizationConfigMixin):
         self._check_densities()
         allowed = "a whole number of optimizer steps, at least 1"
         _check(_whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
+        allowed = f"a whole number of optimizer steps, at least 0 and less than refresh_every={self.refresh_every}"
+        _check(0 <= _whole(self.refresh_lag) < self.refresh_every, "refresh_lag", self.refresh_lag, allowed)
         self._check_moment("explore_until")
         self._check_schedule()
         self._check_overrides()

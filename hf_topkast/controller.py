@@ -1,6 +1,5 @@
-"""When to refresh, the penalty, and optimizer state that moves with its weight: all from the optimizer's hooks."""
+"""What happens around an optimizer step: the penalty before it, a refresh after it, all from the optimizer's hooks."""
 
-import time
 from typing import Any
 
 import torch
@@ -9,23 +8,11 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .base_layer import TopKastLayer
-from .distributed import (
-    check_agreement,
-    find_ddp,
-    is_sharded,
-    local,
-    prefix_here,
-    raise_together,
-    rebuild_buckets,
-    set_digest,
-    sum_over_ranks,
-    world_size,
-)
-from .optimizers import carry_state, check_optimizer, check_state, exclude_from_weight_decay, unwrap_optimizer
+from .distributed import local, prefix_here, sum_over_ranks
+from .engines import check_engine, find_ddp
+from .optimizers import check_optimizer, exclude_from_weight_decay, unwrap_optimizer
 from .penalty import add_penalty, penalty_of, shrink
-from .plan import SetPlan, Sizes
-from .schedule import density_window, refresh_due, resolve_step, way_left
-from .selection import check_finite
+from .refresher import Refresher
 from .surgery import sparse_info, sparse_layers, sparse_root
 
 
@@ -49,32 +36,21 @@ class TopKastController:
             `schedule_begin` or `schedule_end` is a fraction.
 
     Raises:
-        ValueError: if the model has no sparse layer, if the optimizer cannot be used (the message names it and says
-            why), does not hold a trainable layer's values or has a controller already, or if a schedule needs
-            `total_steps` and it is not given.
+        ValueError: if the model has no sparse layer, if an engine runs it that cannot follow, if the optimizer cannot
+            be used (the message names it and says why), does not hold a trainable layer's values or has a controller
+            already, or if a schedule needs `total_steps` and it is not given.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
+        self.optimizer = unwrap_optimizer(optimizer)
+        check_engine(model, self.optimizer)
         self._info = sparse_info(model)
         self._ddp = find_ddp(model)
-        self._group = None if self._ddp is None else self._ddp.process_group
         model = model if self._ddp is None else self._ddp.module
         self.config = self._info.config
         root = sparse_root(model)
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
-        self.optimizer = unwrap_optimizer(optimizer)
-        shapes = {name: layer.pattern.shape for name, layer in self.layers.items()}
-        self._plan = SetPlan(root, shapes, self.config)
-        self._exploration_end = resolve_step("explore_until", self.config, total_steps)
-        self._density_window = density_window(self.config, total_steps)
-        self._arrived = self.config.initial_density is not None and self._is_at_final_density()
-        if total_steps is not None and self._density_window is not None and self._density_window[1] > total_steps:
-            logger.warning(
-                f"schedule_end={self.config.schedule_end!r} lies after the last of {total_steps} steps, so this "
-                f"training does not reach density={self.config.density}. Give an earlier schedule_end."
-            )
-        self.mask_churn: float | None = None
-        self.refresh_seconds: float | None = None
+        self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
         self._exploration_before: dict[str, Tensor] = {}
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
@@ -86,10 +62,10 @@ class TopKastController:
                     "remove() on the first one. (TopKastTrainer makes its own.)"
                 )
         exclude_from_weight_decay(self.optimizer, values)
-        self._check_resizing()
+        self._refresher.check_engine()
         for layer in self.layers.values():
             layer.shard_rest()
-        self._check_agreement()
+        self._refresher.check_agreement()
         self._restarted_from = self.step
         self.step = 0
         self._see_layers()
@@ -97,33 +73,8 @@ class TopKastController:
             self.optimizer.register_step_pre_hook(self._on_step_begin),
             self.optimizer.register_step_post_hook(self._on_step_end),
         ]
-        if self._exploration_end == 0:
+        if self._refresher.exploration_end == 0:
             self.end_exploration()
-
-    def _check_resizing(self):
-        """Whether what wraps the model can follow parameters whose sizes change."""
-        explores = any(layer.backward_density > layer.density for layer in self.layers.values())
-        setting = None
-        if self._exploration_end is not None and explores:
-            setting = f"explore_until={self.config.explore_until!r}"
-        elif self._density_window is not None and not self._arrived:
-            setting = f"initial_density={self.config.initial_density!r}"
-        elif self.config.distribution == "global":
-            setting = "distribution='global'"
-        if setting is None:
-            return
-        if any(is_sharded(layer.values) for layer in self.layers.values()):
-            raise ValueError(
-                f"{setting} changes the sizes of the sparse parameters during training, which FSDP2 cannot follow: it "
-                "fixes the size of each shard when it wraps the model. Train under DDP until the sizes have settled "
-                "and resume under FSDP2, or leave the setting out."
-            )
-        if self._ddp is None and world_size() > 1:
-            raise ValueError(
-                f"{setting} changes the sizes of the sparse parameters during training, and the gradient buckets of "
-                "DDP have to follow. Give TopKastController the wrapped model (what accelerator.prepare or "
-                "DistributedDataParallel returned), or use TopKastTrainer."
-            )
 
     @property
     def step(self) -> int:
@@ -175,6 +126,7 @@ class TopKastController:
                 "start a new one without this warning: controller.load_state_dict({'step': 0})."
             )
             self._restarted_from = 0
+            self._refresher.forget_choice()
 
     def _skips(self, optimizer: Optimizer) -> bool:
         """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
@@ -216,11 +168,8 @@ class TopKastController:
             exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self._exploration_before.clear()
         self.step += 1
-        schedule_ends = self._density_window is not None and self.step == self._density_window[1]
-        if refresh_due(self.step, self.config.refresh_every) or schedule_ends:
-            self.refresh()
-        if self.step == self._exploration_end:
-            self.end_exploration()
+        self._refresher.after_step(self.step)
+        self._see_layers()
 
     # Changing the sets
 
@@ -228,94 +177,38 @@ class TopKastController:
     def refresh(self):
         """
         Chooses A and B of every layer again from |θ|, layer by layer, in the sizes that the schedules give them now;
-        optimizer state moves with its weight. With `method="static"` nothing changes.
+        optimizer state moves with its weight. What was chosen ahead is forgotten. With `method="static"` nothing
+        changes.
 
         Raises:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
-        if not self._plan.method.refreshes:
-            return
-        start = time.perf_counter()
-        self._check_numbers()
-        sizes, stored = self._sizes(), self._stored()
-        members = left = 0
-        for name, layer in self.layers.items():
-            theta = layer.theta()
-            was_active = layer.pattern.active_mask()
-            active, backward = self._plan.choose(name, theta, sizes[name])
-            self._reassign(name, active, backward, theta)
-            members += int(was_active.sum())
-            left += int((was_active & ~active).sum())
+        self._refresher.forget_choice()
+        self._refresher.refresh(self.step)
         self._see_layers()
-        self._check_agreement()
-        if self._ddp is not None and stored != self._stored():
-            rebuild_buckets(self._ddp)
-        self.mask_churn = left / members
-        self.refresh_seconds = time.perf_counter() - start
 
     @torch.no_grad()
     def end_exploration(self):
         """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
-        self._check_numbers()
-        for name, layer in self.layers.items():
-            active = layer.pattern.active_mask()
-            self._reassign(name, active, active, layer.theta())
+        self._refresher.end_exploration()
         self._see_layers()
-        if self._ddp is not None:
-            rebuild_buckets(self._ddp)
-
-    def _stored(self) -> list[int]:
-        return [layer.values.numel() for layer in self.layers.values()]
-
-    def _sizes(self) -> dict[str, Sizes]:
-        left = 0.0 if self._arrived else way_left(self.step, self.config, self._density_window)
-        exploring = self._exploration_end is None or self.step < self._exploration_end
-        # A pruned model keeps as many as it had at first, which the present sets still tell.
-        read = self._active_mask if self.config.density == "nonzero" else self._theta
-        return self._plan.sizes(left, exploring, read)
-
-    def _is_at_final_density(self) -> bool:
-        """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
-        sizes = self._plan.sizes(0.0, True, self._theta)
-        final = sum(size for parts in sizes.values() for size, _ in parts)
-        return final == sum(layer.active_count for layer in self.layers.values())
-
-    def _active_mask(self, name: str) -> Tensor:
-        return self.layers[name].pattern.active_mask()
-
-    def _theta(self, name: str) -> Tensor:
-        return self.layers[name].theta()
-
-    def _check_numbers(self):
-        """All layers before the first one changes; what is outside B cannot have changed."""
-        problem = None
-        try:
-            for name, layer in self.layers.items():
-                check_finite(local(layer.values), name)
-                check_state(self.optimizer, name, layer.values)
-        except ValueError as error:
-            problem = error
-        raise_together(problem, self._group)
-
-    def _check_agreement(self):
-        if world_size(self._group) > 1:
-            patterns = [(name, layer.pattern) for name, layer in self.layers.items()]
-            digests = {name: set_digest(sets.flat_index(), sets.active, sets.row_offsets) for name, sets in patterns}
-            check_agreement(digests, self._group)
 
     @staticmethod
     def _active_here(layer: TopKastLayer) -> int:
         """How many of the values that this rank holds belong to A: they come first."""
         return prefix_here(layer.active_count, layer.values)
 
-    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
-        layer = self.layers[name]
-        sources = layer.reassign(active, backward, theta)
-        state = self.optimizer.state.get(layer.values)
-        if state:
-            carry_state(state, sources, self.config.new_state)
-
     # What is logged and saved
+
+    @property
+    def mask_churn(self) -> float | None:
+        """Share of A's members that left it at the last refresh; `None` before the first."""
+        return self._refresher.mask_churn
+
+    @property
+    def refresh_seconds(self) -> float | None:
+        """How long training waited for the last refresh, in seconds; `None` before the first."""
+        return self._refresher.seconds
 
     @property
     def density(self) -> float:
@@ -364,6 +257,8 @@ class TopKastController:
         """
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
-        self.step, self.mask_churn = state["step"], state.get("mask_churn")
+        self.step, self._refresher.mask_churn = state["step"], state.get("mask_churn")
         self._restarted_from = 0
+        if self.step == 0:
+            self._refresher.forget_choice()
         self._see_layers()

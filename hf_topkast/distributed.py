@@ -1,13 +1,12 @@
 """
-Several processes: tensors that are sharded over them (FSDP2), gradient buckets that follow a parameter's size (DDP),
-and the proof that all of them hold the same sets. In one process every function here does nothing.
+Several processes: tensors that are sharded over them (FSDP2), and the proof that all of them hold the same sets. In
+one process every function here does nothing.
 """
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -59,23 +58,6 @@ def sum_over_ranks(part: Tensor, like: Tensor) -> Tensor:
         pending = [Partial() if placement.is_shard() else placement for placement in like.placements]
         part = DTensor.from_local(part, like.device_mesh, pending).full_tensor()
     return part
-
-
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP wrapper in a model, around it or under another wrapper."""
-    return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
-
-
-def rebuild_buckets(ddp: DistributedDataParallel):
-    """
-    Gives DDP's gradient buckets the present sizes of the parameters; between two steps, on every rank.
-
-    DDP lays its buckets out once, when it is made, and would silently leave a resized parameter out of the all-reduce.
-    Unpickling lays them out anew, and is the one way there that torch documents.
-    """
-    ddp.__setstate__(ddp.__getstate__())
-    for hook, state in ddp._comm_hooks:  # registered with the buckets, which are new
-        dist._register_comm_hook(ddp.reducer, state, hook)
 
 
 def set_digest(flat_index: Tensor, active: int, row_offsets: Tensor) -> Tensor:

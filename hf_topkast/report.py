@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from .base_layer import STRUCTURE, TRACKING, TopKastLayer
+from .base_layer import TopKastLayer
+from .storage import STRUCTURE, TRACKING
 from .surgery import sparse_layers
 
 

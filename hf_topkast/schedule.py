@@ -14,9 +14,17 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def refresh_due(step: int, refresh_every: int) -> bool:
-    """Whether A and B are chosen again after optimizer step `step` (counted from 1)."""
-    return step > 0 and step % refresh_every == 0
+def next_refresh(step: int, refresh_every: int, schedule_end: int | None = None) -> int:
+    """
+    The first optimizer step after `step` at which A and B change.
+
+    Args:
+        step (`int`): optimizer steps taken.
+        refresh_every (`int`): steps between two refreshes.
+        schedule_end (`int`, *optional*): the last step of a density schedule, which has a refresh of its own.
+    """
+    regular = (step // refresh_every + 1) * refresh_every
+    return regular if schedule_end is None or schedule_end <= step else min(regular, schedule_end)
 
 
 def resolve_step(name: str, config: TopKastConfig, total_steps: int | None) -> int | None:

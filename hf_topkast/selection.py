@@ -31,7 +31,7 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     """
     Marks the `count` largest scores; among equal scores the lower flat index wins.
 
-    For a fixed `scores`, the masks of growing counts are nested, so A ⊆ B holds by construction (DESIGN of the sets:
+    For a fixed `scores`, the masks of growing counts are nested, so A ⊆ B holds by construction (the sets are
     prefixes of one order). Exact also where many scores tie, as they do in bfloat16.
 
     Args:

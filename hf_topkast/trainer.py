@@ -19,6 +19,7 @@ from .checkpoint import load_checkpoint
 from .controller import TopKastController
 from .distributed import local, raise_together
 from .durable import flush_tree, last_whole_checkpoint
+from .engines import DEEPSPEED, FSDP1
 from .optimizers import exclude_from_weight_decay, load_whole_state, unwrap_optimizer, whole_state
 from .report import sparsity_report
 from .state_file import STATE_NAME, CheckpointError, SparseState
@@ -95,20 +96,13 @@ class TopKastTrainerMixin:
     def _settle_engine(self):
         """What the engine that spreads the training over processes has to know; refuses those that cannot do it."""
         if self.is_deepspeed_enabled:
-            raise ValueError(
-                "DeepSpeed keeps the parameters in flat buffers of its own, of sizes fixed at the start, where sparse "
-                "values and their optimizer state cannot move. Use FSDP2, which shards the same numbers: accelerate "
-                "launch --use_fsdp --fsdp_version 2."
-            )
+            raise ValueError(DEEPSPEED)
         if self.args.ddp_broadcast_buffers is None:
             self.args.ddp_broadcast_buffers = False
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.fsdp_version != 2:
-                raise ValueError(
-                    "FSDP 1 flattens parameters together, so that sparse values cannot move by themselves. Use FSDP2: "
-                    "accelerate launch --use_fsdp --fsdp_version 2."
-                )
+                raise ValueError(FSDP1)
             # Accelerate would send every entry of the state dict as a sharded parameter, and buffers are none.
             plugin.cpu_ram_efficient_loading = False
 
@@ -239,7 +233,9 @@ class TopKastTrainerMixin:
                 f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, "
                 f"its weights are of step {state.step}. Resume from another checkpoint."
             )
-        _warn_of_other_settings(sparse_info(self.model).config, state)
+        if _warn_of_other_settings(sparse_info(self.model).config, state):
+            for _, layer in sparse_layers(self.model):
+                layer.next_sets = None  # chosen ahead under the other settings
 
     def _load_best_model(self):
         if self._saved_by_us:
@@ -309,8 +305,11 @@ def resumable_step(directory: str | os.PathLike) -> int:
     return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
 
 
-def _warn_of_other_settings(config, state: SparseState):
-    for name in (spec.name for spec in fields(config)):
+def _warn_of_other_settings(config, state: SparseState) -> bool:
+    """Whether there are any."""
+    names = (spec.name for spec in fields(config))
+    others = [name for name in names if getattr(config, name) != getattr(state.config, name)]
+    for name in others:
         now, then = getattr(config, name), getattr(state.config, name)
-        if now != then:
-            logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")
+        logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")
+    return bool(others)

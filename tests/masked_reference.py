@@ -77,6 +77,7 @@ class MaskedTraining:
     ):
         self.model, self.config, self.parts = model, config, parts or {}
         self.steps = 0
+        self.planned = None
         self.layers = {}
         for name in names:
             parent, _, leaf = name.rpartition(".")
@@ -159,14 +160,38 @@ class MaskedTraining:
                 exploration = layer.backward_set & ~layer.active
                 scaled = before[name] + self.config.exploration_lr_scale * (layer.theta - before[name])
                 layer.theta.copy_(torch.where(exploration, scaled, layer.theta))
-            schedule_ends = self.config.initial_density is not None and self.steps == self.config.schedule_end
-            if self.steps % self.config.refresh_every == 0 or schedule_ends:
+            if self.due(self.steps):
                 self.refresh()
+            lag = self.config.refresh_lag
+            if lag and [self.due(self.steps + ahead) for ahead in range(1, lag + 1)] == [False] * (lag - 1) + [True]:
+                self.plan()
         return sum(losses)
+
+    def due(self, step: int) -> bool:
+        schedule_ends = self.config.initial_density is not None and step == self.config.schedule_end
+        return step % self.config.refresh_every == 0 or schedule_ends
+
+    def sets(self) -> list[torch.Tensor]:
+        return [mask.clone() for layer in self.layers.values() for mask in (layer.active, layer.backward_set)]
+
+    def set_sets(self, masks: list[torch.Tensor]):
+        for layer, active, backward_set in zip(self.layers.values(), masks[::2], masks[1::2]):
+            layer.active.copy_(active), layer.backward_set.copy_(backward_set)
+
+    def plan(self):
+        """The sets of the next refresh, from the present weights."""
+        present, self.steps = self.sets(), self.steps + self.config.refresh_lag
+        self.choose()
+        self.planned, self.steps = self.sets(), self.steps - self.config.refresh_lag
+        self.set_sets(present)
 
     def refresh(self):
         stored = {name: layer.backward_set.clone() for name, layer in self.layers.items()}
-        self.choose()
+        if self.planned is None:
+            self.choose()
+        else:
+            self.set_sets(self.planned)
+        self.planned = None
         for name, layer in self.layers.items():
             self.move_state(layer, stored[name])
 

@@ -151,6 +151,48 @@ def test_schedules_and_distributions_equal_the_masked_simulation(make_model, mak
     assert next(iter(outcome[1].layers.values())).active.float().mean() < 0.5
 
 
+@pytest.mark.parametrize("lag", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reservoir_device": "cpu", "explore_until": 8},
+        {**SCHEDULE, "density_schedule": "linear", "distribution": "global"},  # a refresh too early to be chosen ahead
+        {"block_size": 4, "exploration_lr_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_sets_chosen_ahead_equal_the_masked_simulation(lag, settings):
+    config = TopKastConfig(density=0.2, penalty=1e-2, refresh_every=4, refresh_lag=lag, **settings)
+    outcome = compare_with_simulation(make_gpt2, config, adamw, steps=10)
+    check_same_weights(*outcome)
+    at_once = TopKastConfig(density=0.2, penalty=1e-2, refresh_every=4, **settings)
+    other = compare_with_simulation(make_gpt2, at_once, adamw, steps=10)[0]
+    sets = [[layer.pattern.columns for _, layer in sparse_layers(model)] for model in (outcome[0], other)]
+    assert not all(torch.equal(one, two) for one, two in zip(*sets))
+
+
+def test_a_refresh_of_ones_own_forgets_what_was_chosen_ahead():
+    sets = []
+    for lag in (0, 3):
+        config = TopKastConfig(density=0.2, refresh_every=4, refresh_lag=lag)
+        model = sparsify(make_gpt2(), config)
+        _, controller = train(model, config, sgd, [[tokens] for tokens in token_batches(3)])
+        layers = [layer for _, layer in sparse_layers(model)]
+        assert all((layer.next_sets is None) == (lag == 0) for layer in layers)
+        controller.refresh()
+        assert all(layer.next_sets is None for layer in layers)
+        sets.append([layer.pattern.columns for layer in layers])
+    assert all(torch.equal(one, two) for one, two in zip(*sets))
+
+
+def test_static_sets_are_not_chosen_ahead():
+    config = TopKastConfig(density=0.2, refresh_every=4, refresh_lag=3, method="static")
+    model = sparsify(make_gpt2(), config)
+    train(model, config, sgd, [[tokens] for tokens in token_batches(5)])
+    assert all(layer.next_sets is None for _, layer in sparse_layers(model))
+
+
 def test_parts_of_a_fused_layer_equal_the_masked_simulation():
     config = TopKastConfig(density=0.2, penalty=1e-2, refresh_every=3, split_fused=True)
     check_same_weights(*compare_with_simulation(make_gpt2, config, adamw, steps=8, parts={"c_attn": 3}))
@@ -315,7 +357,7 @@ def test_a_schedule_that_has_ended_does_not_begin_again(make_model):
 
 def test_schedule_that_ends_after_the_training_is_told(monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_topkast.controller.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_topkast.refresher.logger.warning", warnings.append)
     for end in (8, 9):
         model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end)
         TopKastController(model, adamw(model.parameters()), total_steps=8)
@@ -560,6 +602,8 @@ def test_metrics():
         {"initial_density": 0.9, "schedule_end": 7, "distribution": "global"},
         {"density_overrides": {r".*0\..*": 0.5}, "distribution": "erdos_renyi"},
         {"method": "static", "backward_density": 0.3, "explore_until": 8},
+        {"refresh_lag": 2, "reservoir_device": "disk", "explore_until": 8},
+        {"refresh_lag": 1, "initial_density": 0.9, "schedule_end": 7},
     ],
     ids=str,
 )

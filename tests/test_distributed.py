@@ -108,6 +108,7 @@ def test_bytes_of_a_rank_under_fsdp(tmp_path):
         assert found["sparse"] == pytest.approx((stored + 4 * 0.6 * n) / 2 + offsets, rel=0.02)
         assert found["on disk"] == pytest.approx(stored / 2 + offsets, rel=0.02)
         assert "FSDP2 cannot follow" in found["explore_until"] and "Train under DDP" in found["explore_until"]
+        assert "FSDP2 has sharded" in found["refresh_lag"] and "Set refresh_lag=0" in found["refresh_lag"]
 
 
 def resumed(directory, engines, ranks):

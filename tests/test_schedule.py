@@ -5,16 +5,17 @@ from hf_topkast.schedule import (
     SHAPES,
     backward_density_of,
     density_window,
-    refresh_due,
+    next_refresh,
     resolve_step,
     scheduled_density,
     way_left,
 )
 
 
-def test_refresh_due_after_every_nth_step():
-    assert [step for step in range(10) if refresh_due(step, 3)] == [3, 6, 9]
-    assert [step for step in range(4) if refresh_due(step, 1)] == [1, 2, 3]
+def test_refreshes_follow_every_nth_step_and_the_end_of_a_schedule():
+    assert [next_refresh(step, 3) for step in range(7)] == [3, 3, 3, 6, 6, 6, 9]
+    assert [next_refresh(step, 1) for step in range(3)] == [1, 2, 3]
+    assert [next_refresh(step, 3, schedule_end=4) for step in range(7)] == [3, 3, 3, 4, 6, 6, 9]
 
 
 @pytest.mark.parametrize(

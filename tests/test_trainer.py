@@ -117,6 +117,19 @@ def test_resume_across_a_density_schedule_is_bit_exact(make_model, tmp_path, cut
     check_resume(make_model, tmp_path, cut, initial_density=1.0, schedule_begin=0.2, schedule_end=0.8)
 
 
+@pytest.mark.parametrize("cut", [4, 5, 6])
+def test_resume_with_sets_chosen_ahead_is_bit_exact(tmp_path, cut):
+    check_resume(make_gpt2, tmp_path, cut, refresh_lag=2)
+
+
+def test_resume_with_other_settings_forgets_what_was_chosen_ahead(tmp_path):
+    for density in (0.2, 0.3):
+        config = TopKastConfig(density=density, refresh_every=10, refresh_lag=7)
+        trainer = make_trainer(tmp_path, config=config, max_steps=5, save_strategy="steps", save_steps=5)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if density == 0.3 else None)
+        assert all((layer.next_sets is None) == (density == 0.3) for _, layer in sparse_layers(trainer.model))
+
+
 def test_resume_of_a_global_distribution_is_bit_exact(tmp_path):
     settings = {"initial_density": 0.8, "schedule_end": 8, "distribution": "global", "split_fused": True}
     check_resume(make_gpt2, tmp_path, 4, density_overrides={r".*h\.0\.mlp.*": 0.5}, **settings)

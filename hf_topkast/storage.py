@@ -1,0 +1,283 @@
+"""What a sparse layer stores: its numbers, the sets A and B, and how both are changed, moved, saved and loaded."""
+
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import full, is_sharded, local, part_of, shard_like
+from .pattern import Pattern, pack_bits, slot_sources
+from .reservoir import assemble_theta, put_to_rest, take_reservoir
+
+
+STRUCTURE = ("row_offsets", "columns")
+TRACKING = ("unvisited", "initial_reservoir_size")
+
+
+class Moment(NamedTuple):
+    """θ of a layer as it was at one step, in the parts that it is stored in, where the reservoir rests."""
+
+    values: Tensor
+    pattern: Pattern
+    reservoir: Tensor
+
+    def theta(self) -> Tensor:
+        """θ as (out, in)."""
+        return assemble_theta(self.values, self.pattern, self.reservoir)
+
+
+class SparseStorage(nn.Module):
+    """
+    What both sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
+
+    Attributes:
+        values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
+            life.
+        row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
+        reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
+            or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
+            Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
+        unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
+        initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
+        assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
+    """
+
+    stores_transposed = False
+
+    def _store(
+        self,
+        dense: nn.Module,
+        active: Tensor,
+        backward: Tensor,
+        reservoir_device: str,
+        block_size: tuple[int, int],
+    ):
+        """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
+        theta = self.to_rows(dense.weight.detach())
+        self.reservoir_device, self.block_size = reservoir_device, tuple(block_size)
+        self.assignments = 0
+        self._counted = None
+        self._next_sets: Tensor | Future | None = None
+        pattern = Pattern.from_masks(active, backward, self.block_size)
+        self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
+        for name in STRUCTURE:
+            self.register_buffer(name, getattr(pattern, name))
+        reservoir = take_reservoir(theta, backward)
+        if reservoir_device == "same":
+            self.register_buffer("reservoir", reservoir)
+        else:
+            self.reservoir = put_to_rest(reservoir, reservoir_device)
+        self.register_buffer("unvisited", pack_bits(~backward))
+        self.register_buffer("initial_reservoir_size", torch.tensor(self.reservoir.numel()))
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where the values stand, and which belong to A."""
+        return self._pattern(full(self.columns))
+
+    def _pattern(self, columns: Tensor) -> Pattern:
+        return Pattern(self.row_offsets, columns, self.shape, self.block_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), whatever the stock layout."""
+        in_features, out_features = self._features()
+        return out_features, in_features
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the layer, n."""
+        in_features, out_features = self._features()
+        return in_features * out_features
+
+    @property
+    def active_count(self) -> int:
+        """|A|."""
+        # Once for each assignment: reading it off a GPU at every step would make the host wait for the GPU.
+        if self._counted is None or self._counted[0] != self.assignments:
+            self._counted = self.assignments, self._pattern(self.columns).active
+        return self._counted[1]
+
+    def theta(self) -> Tensor:
+        """θ as (out, in), whatever the stock layout: a copy."""
+        return assemble_theta(full(self.values.detach()), self.pattern, full(self.reservoir))
+
+    def moment(self) -> Moment:
+        """θ as it is now, for a thread to read while the values are trained on: they are copied, the rest is not."""
+        device = self.reservoir.device
+        pattern = Pattern(self.row_offsets.to(device), self.columns.to(device), self.shape, self.block_size)
+        return Moment(self.values.detach().to(device, copy=True), pattern, self.reservoir)
+
+    @property
+    def next_sets(self) -> Tensor | None:
+        """
+        A and B that were chosen ahead for the next refresh (`refresh_lag`), or `None`: packed bits, uint8,
+        (2, ceil(n / 8)), on the host. Waits for the thread that chooses them, and raises what it raised.
+        """
+        self._wait()
+        return self._next_sets
+
+    @next_sets.setter
+    def next_sets(self, sets: Tensor | Future | None):
+        self._next_sets = sets
+
+    def _wait(self):
+        """Lets a thread that chooses sets end, before the pattern and the reservoir change, which it reads."""
+        if isinstance(self._next_sets, Future):
+            thread, self._next_sets = self._next_sets, None
+            self._next_sets = thread.result()
+
+    @torch.no_grad()
+    def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
+        """
+        Makes `active` and `backward` the sets A and B; every weight keeps its number. The parameter stays the same
+        object, and its gradient is dropped, for it belongs to the former slots.
+
+        Args:
+            active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
+            theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
+
+        Returns:
+            `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
+        """
+        self._wait()
+        theta = self.theta() if theta is None else theta
+        pattern = Pattern.from_masks(active, backward, self.block_size)
+        sources = slot_sources(self.pattern, pattern)
+        self.values.grad = None
+        self._write("values", theta.flatten()[pattern.flat_index()])
+        for name in STRUCTURE:
+            self._write(name, getattr(pattern, name))
+        self._write("reservoir", take_reservoir(theta, backward))
+        local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
+        self.assignments += 1
+        return sources
+
+    def offer_columns(self):
+        """
+        Makes `columns` a parameter without gradient, the only kind of tensor that FSDP2 shards and gathers for a
+        product. Call it before the model is wrapped; else every rank keeps all columns.
+        """
+        if "columns" in self._buffers:
+            self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
+
+    def shard_rest(self):
+        """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
+        if is_sharded(self.values) and not is_sharded(self.reservoir):
+            self.unvisited = shard_like(self.unvisited, self.values)
+            self.reservoir = shard_like(self.reservoir, self.values)
+            if self._rests_elsewhere:
+                self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
+
+    @property
+    def _rests_elsewhere(self) -> bool:
+        return self.reservoir_device != "same"
+
+    def _write(self, name: str, new: Tensor):
+        current = getattr(self, name)
+        if current.shape == new.shape:
+            local(current).copy_(part_of(new, current))
+        elif is_sharded(current):
+            raise RuntimeError(
+                f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
+                f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
+            )
+        elif name == "reservoir" and self._rests_elsewhere:
+            self.reservoir = put_to_rest(new, self.reservoir_device)
+        else:  # the same tensor object, so that optimizers and hooks keep hold of it
+            new = new.to(current)
+            # A loss of the last step that is still referenced keeps autograd's accumulator of the former size alive;
+            # only a change of dtype makes torch drop it.
+            current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
+            current.data = new
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
+            self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, "_next_sets": self.next_sets}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
+            self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_sharded(self.columns):  # which gloo can only gather in 32 bits
+            destination[f"{prefix}columns"] = self.columns.to(torch.int32)
+        if self._rests_elsewhere:
+            destination[f"{prefix}reservoir"] = self.reservoir
+        if self.next_sets is not None:
+            destination[f"{prefix}next_sets"] = self.next_sets
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
+            errors.append(
+                f"Layer '{prefix[:-1]}' is sparse, but the state dict holds a dense '{prefix}weight' for it. To go on "
+                "from a saved checkpoint directory use from_pretrained, or TopKastTrainer to resume training; to "
+                "start from dense weights load them first and sparsify the model afterwards."
+            )
+            return
+        self._wait()
+        problem = self._fit_storage(state_dict, prefix)
+        if problem:
+            errors.append(f"Layer '{prefix[:-1]}': {problem}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.assignments += 1
+        if f"{prefix}values" in state_dict:  # not in the stock part of a checkpoint, which may hold a bias alone
+            self.next_sets = state_dict.get(f"{prefix}next_sets")
+        known = {f"{prefix}next_sets"}
+        if self._rests_elsewhere:
+            key = f"{prefix}reservoir"
+            known.add(key)
+            if key in state_dict:
+                self.reservoir.copy_(state_dict[key])
+            elif strict:
+                missing.append(key)
+        unexpected[:] = [key for key in unexpected if key not in known]  # no buffers, so torch does not know them
+
+    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
+        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
+        sized = {name: state_dict.get(prefix + name) for name in ("values", "columns", "reservoir", "row_offsets")}
+        if any(tensor is None for tensor in sized.values()):
+            return None  # reported as missing keys by torch
+        stored = sized["values"].numel()
+        entries = stored // (self.block_size[0] * self.block_size[1])
+        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != entries:
+            return (
+                f"the state holds {stored} values, {sized['columns'].numel()} columns and "
+                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
+            )
+        if sized["row_offsets"].shape != self.row_offsets.shape:
+            return (
+                f"the state has {sized['row_offsets'].numel()} row_offsets and this layer {self.row_offsets.numel()}: "
+                f"it was saved with another block_size than {self.block_size}."
+            )
+        if int(sized["row_offsets"][-1]) != sized["columns"].numel():
+            return (
+                f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
+                f"{sized['columns'].numel()} columns."
+            )
+        chosen = state_dict.get(f"{prefix}next_sets")
+        if chosen is not None and (chosen.dtype != torch.uint8 or chosen.shape != (2, -(-self.numel // 8))):
+            return f"its next_sets are {chosen.dtype} {tuple(chosen.shape)}, not two sets of {self.numel} packed bits."
+        for name in ("values", "columns", "reservoir"):
+            if getattr(self, name).shape != sized[name].shape:
+                self._write(name, sized[name].detach())
+        return None
+
+    @classmethod
+    def to_rows(cls, stock: Tensor) -> Tensor:
+        """A weight from the stock layout to (out, in)."""
+        return stock.T.contiguous() if cls.stores_transposed else stock
+
+    @classmethod
+    def to_stock(cls, rows: Tensor) -> Tensor:
+        """A weight from (out, in) to the stock layout."""
+        return rows.T.contiguous() if cls.stores_transposed else rows
