@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .checkpoint import load_checkpoint
 from .controller import TopKastController
 from .distributed import local, raise_together
-from .durable import flush_tree, last_whole_checkpoint
+from .durable import flush, flush_tree, last_whole_checkpoint
 from .engines import DEEPSPEED, FSDP1
 from .optimizers import exclude_from_weight_decay, load_whole_state, unwrap_optimizer, whole_state
 from .report import sparsity_report
@@ -163,6 +163,9 @@ class TopKastTrainerMixin:
                 # What stands there becomes a part of something while it is written over.
                 Path(directory, TRAINER_STATE_NAME).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                for path in (Path(directory, TRAINER_STATE_NAME), directory, os.path.dirname(directory)):
+                    flush(path)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             good = last_whole_checkpoint(os.path.dirname(directory))
             raise CheckpointError(

@@ -127,3 +127,19 @@ def test_resume_on_another_number_of_ranks(one_process, tmp_path, engines, ranks
 @pytest.mark.slow
 def test_resume_from_sharded_checkpoints(one_process, tmp_path):
     check_same(one_process, resumed(tmp_path, ("fsdp-sharded", "fsdp-sharded"), (2, 2)))
+
+
+@pytest.mark.slow
+def test_ddp_until_exploration_has_ended_and_then_fsdp(tmp_path):
+    config = {"explore_until": 4}
+    whole_run = outcome(tmp_path / "one", 1, config=config)
+    saving = {"save_strategy": "steps", "save_steps": 5, "config": config}
+    outcome(tmp_path, 2, "ddp", **saving)
+    resume = str(tmp_path / "checkpoint-5")
+    check_same(whole_run, outcome(tmp_path, 2, "fsdp", resume=resume, weights=1, **saving))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_four_ranks_equal_one_process(one_process, tmp_path, engine):
+    check_same(one_process, outcome(tmp_path, 4, engine))

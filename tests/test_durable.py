@@ -34,6 +34,25 @@ def test_replacing_is_all_or_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_checkpoint_is_on_disk_before_training_goes_on(tmp_path, monkeypatch):
+    flushed, missing, fsync = {}, [], os.fsync
+
+    def note(handle):
+        status = os.fstat(handle)
+        flushed[status.st_ino] = status.st_mtime_ns
+        fsync(handle)
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            checkpoint = tmp_path / f"checkpoint-{state.global_step}"
+            paths = [tmp_path, checkpoint, *checkpoint.iterdir()]
+            missing.extend(path for path in paths if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns)
+
+    monkeypatch.setattr(os, "fsync", note)
+    make_trainer(tmp_path, callbacks=[Look()], save_total_limit=1, **SAVING).train()
+    assert flushed and not missing
+
+
 @pytest.mark.parametrize("left", [None, "", '{"epoch": 1.0, "global_'])
 def test_half_written_checkpoint_is_passed_over(tmp_path, monkeypatch, left):
     straight = make_trainer(tmp_path, **SAVING)

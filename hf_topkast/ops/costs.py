@@ -7,6 +7,7 @@ the crossovers at 768 × 768 and 2048 × 2048, evened out where neighbours diffe
 is fixed: nothing is timed at run time, so that results never vary.
 """
 
+import math
 from bisect import bisect_right
 
 import torch
@@ -18,7 +19,7 @@ from ..pattern import Pattern
 # Whether this CPU multiplies tiles of bf16, which makes dense bf16 products 5–10 times as fast as those of fp32.
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
-# From so many tokens on …
+# At so many tokens …
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 # … the sparse kernels are the faster way up to these densities, of A or, for grad_values, of B.
 CROSSOVERS: dict[tuple[str, bool], tuple[float, ...]] = {
@@ -37,6 +38,15 @@ BLOCK_GAIN = 1.3
 BLOCK_TOKENS = {True: 32, False: 128}
 
 
+def crossover(densities: tuple[float, ...], tokens: int) -> float:
+    """The crossover at any number of tokens: between two of the table by the logarithm of the tokens."""
+    above = bisect_right(TOKENS, tokens)
+    if above == 0 or above == len(TOKENS):
+        return densities[max(0, above - 1)]
+    share = math.log(tokens / TOKENS[above - 1]) / math.log(TOKENS[above] / TOKENS[above - 1])
+    return densities[above - 1] + share * (densities[above] - densities[above - 1])
+
+
 def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
     """
     Whether the sparse kernels are faster than dense products with an expanded α.
@@ -51,7 +61,7 @@ def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
     shared = side % 4 == 0
     if pattern.block_size != (1, 1) and tokens < BLOCK_TOKENS[shared] and (product != "forward" or tokens > 3):
         return False
-    limit = CROSSOVERS[product, AMX and x.dtype == torch.bfloat16][max(0, bisect_right(TOKENS, tokens) - 1)]
+    limit = crossover(CROSSOVERS[product, AMX and x.dtype == torch.bfloat16], tokens)
     if limit >= 1:
         return True
     if shared:

@@ -38,8 +38,14 @@ def test_density_decides(half, leading):
 
 
 def test_few_tokens_have_their_own_limit(half):
-    assert costs.sparse_is_faster("forward", torch.zeros(63, 80), pattern_of(0.9))
+    assert costs.sparse_is_faster("forward", torch.zeros(16, 80), pattern_of(0.9))
     assert costs.sparse_is_faster("forward", torch.zeros(0, 80), pattern_of(0.9))
+
+
+def test_between_two_numbers_of_tokens_the_limit_lies_between_theirs():
+    row = tuple(1 / (1 + place) for place in range(len(costs.TOKENS)))
+    assert [costs.crossover(row, tokens) for tokens in (0, *costs.TOKENS, 10**6)] == [1, *row, row[-1]]
+    assert costs.crossover(row, 2048) == pytest.approx((row[-2] + row[-1]) / 2)
 
 
 def test_blocks_raise_the_limit_where_they_share_loads(half):
