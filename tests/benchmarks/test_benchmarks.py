@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks import fine_tuning, generate, kernels, measure, memory, scaling, step_time
+from benchmarks import fine_tuning, generate, kernels, measure, memory, peers, scaling, step_time
 
 
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
 RUNS = {
     memory: [*TINY, "--context", "8"],
+    peers: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--peers", "hf_topkast", "torch.sparse"],
     scaling: ["--plan"],  # the measurement starts many processes
     generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
     step_time: [*TINY, "--bf16", "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
