@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import full, local, sum_over_ranks
-from .ops import masked_linear, select_backend
+from .ops import masked_linear, prepare_one_token, runs_one_token, select_backend
 from .ops.reference import expand_active
 from .pattern import Pattern, unpack_bits
 from .readonly import ReadOnlyTensor
@@ -26,11 +26,19 @@ class TopKastLayer(SparseStorage):
         """Takes over weights, bias and mode of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
         self._store(dense, active, backward, reservoir_device, block_size)
         self.backend = select_backend(backend)
+        self._one_token = None
         self.register_parameter("bias", dense.bias)
         self.train(dense.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
+        if runs_one_token(x, self._features()[0], self.backend):
+            values, bias = self.values, self.bias
+            product = self._one_token
+            if product is None or not product.fits(values, self.row_offsets, self.columns, bias):
+                product = self._one_token = prepare_one_token(values, self.pattern, bias)
+            if product is not None:
+                return product(x)
         return masked_linear(x, self.values, self.pattern, self.bias, self.backend)
 
     @property

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from transformers.utils import logging
 from ..pattern import Pattern
 from . import costs, reference
 
+
+if TYPE_CHECKING:
+    from .one_token import OneToken
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +113,29 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
+
+
+def runs_one_token(x: Tensor, in_features: int, backend: str) -> bool:
+    """Whether an input is what [`prepare_one_token`] is for: one float32 token on the CPU, with no gradient wanted."""
+    return (
+        not torch.is_grad_enabled()
+        and _runs_at_once(x)
+        and x.dtype is torch.float32
+        and x.numel() == in_features
+        and x.ndim > 0
+        and x.shape[-1] == in_features
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and backend in ("auto", "cpu")
+        and "cpu" in BACKENDS
+    )
+
+
+def prepare_one_token(values: Tensor, pattern: Pattern, bias: Tensor | None) -> "OneToken | None":
+    """The product of one token with these weights, or `None` if it is not for their type or place."""
+    from .one_token import prepare  # which only an installation with kernels can
+
+    return prepare(values, pattern, bias)
 
 
 def _check_operands(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None):

@@ -1,0 +1,62 @@
+"""
+The product of one float32 token on a CPU, with the weights checked and handed over beforehand.
+
+Generation repeats it for every token. It takes no longer than its weights take to come from memory, and what Python
+would do around it each time as long again.
+"""
+
+import torch
+from torch import Tensor
+
+from ..pattern import Pattern
+from . import _native
+from .cpu import isa
+from .handover import array, structure, thread_count
+
+
+class OneToken:
+    """
+    y = x·αᵀ + b for one token. It reads the weights where they lie: a change in place counts, and `fits` says whether
+    they still lie there.
+
+    Args:
+        values (`torch.Tensor`): float32, (|B|,), contiguous, on the CPU.
+        pattern ([`Pattern`]): where the values stand.
+        bias (`torch.Tensor`, *optional*): float32, (out,), contiguous, on the CPU.
+    """
+
+    def __init__(self, values: Tensor, pattern: Pattern, bias: Tensor | None):
+        self._shape, self._stored = pattern.shape, pattern.stored
+        self._place = place(values, pattern.row_offsets, pattern.columns, bias)
+        self._weights = structure(pattern), array(values), 0 if bias is None else bias.data_ptr()
+
+    def fits(self, values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that it has."""
+        return self._place == place(values, row_offsets, columns, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out), of one token as [`runs_one_token`] finds it."""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._shape[0])
+        _native.forward_dots(isa, thread_count(self._stored), *self._weights, 1, x.data_ptr(), y.data_ptr())
+        return y
+
+    def __reduce__(self):  # addresses are of no use in a copy or another process
+        return type(None), ()
+
+
+def place(values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> tuple:
+    """What changes when one of a layer's tensors moves to other memory or another type."""
+    own = None if bias is None else (bias.data_ptr(), bias.dtype)
+    return values.data_ptr(), values.dtype, row_offsets.data_ptr(), columns.data_ptr(), own
+
+
+def prepare(values: Tensor, pattern: Pattern, bias: Tensor | None) -> OneToken | None:
+    """The product of a layer's weights, or `None` if they are not of the type and in the place that it reads."""
+    tensors = (values, pattern.columns) if bias is None else (values, pattern.columns, bias)
+    floats = all(tensor.dtype == torch.float32 for tensor in (tensors[0], *tensors[2:]))
+    readable = all(type(tensor.data) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
+    whole = values.shape == (pattern.stored,) and (bias is None or bias.shape == pattern.shape[:1])
+    if not (floats and readable and whole and all(tensor.is_contiguous() for tensor in tensors)):
+        return None
+    return OneToken(values, pattern, bias)
