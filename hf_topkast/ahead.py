@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,39 +13,78 @@ from .plan import SetPlan, Sizes
 from .storage import Moment
 
 
-def choose_ahead(
-    layers: dict[str, TopKastLayer], plan: SetPlan, sizes: Callable[[dict[str, Moment]], dict[str, Sizes]]
-):
+class Choice:
     """
-    Starts a thread that chooses sets from the present weights and leaves them in each layer's `next_sets`.
-
-    It works where the reservoir rests: with `reservoir_device="cpu"` or `"disk"` on the host, so that nothing but a
-    copy of the values waits for the accelerator. Until a layer's turn has come that copy takes |B| numbers, and the
-    sets that are found n / 4 bytes.
+    The sets of all layers for one refresh, complete or still being chosen.
 
     Args:
+        key (`list`): for which step and under which settings they are chosen, as JSON types.
+        sets (`dict[str, torch.Tensor]` or `Future`): A and B by layer, as packed bits, uint8, (2, ceil(n / 8)), on the
+            host.
+    """
+
+    def __init__(self, key: list, sets: dict[str, Tensor] | Future):
+        self.key = key
+        self._sets = sets
+
+    def sets(self) -> dict[str, Tensor]:
+        """
+        The sets; waits for the thread.
+
+        Raises:
+            RuntimeError: if the thread could not choose them; the message says why.
+        """
+        if isinstance(self._sets, Future):
+            try:
+                self._sets = self._sets.result()
+            except Exception as error:
+                raise RuntimeError(f"A thread could not choose the sets of the next refresh: {error!r}") from error
+        return self._sets
+
+    def state_dict(self) -> dict[str, Any]:
+        """The key, and the sets as tensors; waits for the thread."""
+        return {"key": self.key, "sets": self.sets()}
+
+
+def choose_ahead(
+    key: list,
+    layers: dict[str, TopKastLayer],
+    plan: SetPlan,
+    sizes: Callable[[dict[str, Moment]], dict[str, Sizes]],
+) -> Choice:
+    """
+    Starts a thread that chooses sets from the weights as they are now.
+
+    It works where the reservoir rests: with `reservoir_device="cpu"` or `"disk"` on the host, so that the accelerator
+    has only to copy what it holds, values and pattern. That copy, 6 bytes for each weight of B in float32, goes layer
+    by layer; the sets that are found take n / 4 bytes. At work, the thread holds θ and masks of one layer.
+
+    Args:
+        key (`list`): what the choice is for, see [`Choice`].
         layers (`dict[str, TopKastLayer]`): the layers, by name.
         plan ([`SetPlan`]): chooses the members.
         sizes (`Callable`): gives the sizes of the sets from the layers' numbers at this moment; called in the thread.
     """
     moments = {name: layer.moment() for name, layer in layers.items()}
+    on_gpu = any(moment.values.is_cuda for moment in moments.values())
+    stream = torch.cuda.current_stream() if on_gpu else None  # behind what has still to be written
     thread = ThreadPoolExecutor(1, thread_name_prefix="topkast")
-    found = thread.submit(sizes, moments)
-    for name, layer in layers.items():
-        layer.next_sets = thread.submit(_choose, name, plan, moments, found)
+    choice = Choice(key, thread.submit(_choose, moments, plan, sizes, stream))
     thread.shutdown(wait=False)  # ends once all is done
+    return choice
 
 
-def take_next_sets(layer: TopKastLayer) -> tuple[Tensor, Tensor] | None:
-    """A and B that were chosen ahead for a layer, once: bool masks, (out, in), or `None` if none were."""
-    packed, layer.next_sets = layer.next_sets, None
-    if packed is None:
-        return None
-    active, backward = (unpack_bits(bits, layer.numel).view(layer.shape) for bits in packed.to(layer.values.device))
+def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
+    """A and B of a layer as bool masks, (out, in), on its device."""
+    active, backward = (unpack_bits(bits, layer.numel).view(layer.shape) for bits in sets.to(layer.values.device))
     return active, backward
 
 
 @torch.no_grad()
-def _choose(name: str, plan: SetPlan, moments: dict[str, Moment], sizes: Future) -> Tensor:
-    theta = moments.pop(name).theta()
-    return torch.stack([pack_bits(mask) for mask in plan.choose(name, theta, sizes.result()[name])]).cpu()
+def _choose(moments: dict[str, Moment], plan: SetPlan, sizes: Callable, stream) -> dict[str, Tensor]:
+    with torch.cuda.stream(stream):  # nothing without one
+        wanted, chosen = sizes(moments), {}
+        for name in list(moments):
+            masks = plan.choose(name, moments.pop(name).theta(), wanted[name])
+            chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
+    return chosen

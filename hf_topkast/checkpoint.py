@@ -46,9 +46,6 @@ def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[d
         tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
         tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
         tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
-        chosen = stock.pop(f"{name}.next_sets", None)
-        if chosen is not None:
-            tensors[f"{name}.next_sets"] = chosen
         shapes[name], digests[name] = pattern.shape, digest({"weight": alpha[active]})
     info = sparse_info(model)
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
@@ -143,8 +140,8 @@ def _check_weights(model: nn.Module, weights: dict[str, Tensor], directory: str 
     own = model.state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
     for name, layer in sparse_layers(model):
-        for key in (*LAYER_TENSORS, "next_sets"):
-            shapes.pop(f"{name}.{key}", None)
+        for key in LAYER_TENSORS:
+            shapes.pop(f"{name}.{key}")
         shapes[f"{name}.weight"] = layer.shape[::-1] if layer.stores_transposed else layer.shape
     unknown = [key for key in weights if key not in shapes]
     held = {local(own[key]).data_ptr() for key in weights if key in own}
@@ -169,7 +166,6 @@ def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: 
     layer.reassign(active, backward, theta.to(device, layer.values.dtype))
     local(layer.unvisited).copy_(part_of(state.tensors[f"{name}.unvisited"], layer.unvisited))
     layer.initial_reservoir_size.copy_(state.tensors[f"{name}.initial_reservoir_size"])
-    layer.next_sets = state.tensors.get(f"{name}.next_sets")
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:

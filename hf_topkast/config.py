@@ -30,9 +30,6 @@ class TopKastConfig(QuantizationConfigMixin):
             `density="nonzero"` a layer's B defaults to twice its A, with `method="static"` to A.
         refresh_every (`int`, *optional*, defaults to 100):
             Optimizer steps between two choices of A and B (the paper's N).
-        refresh_lag (`int`, *optional*, defaults to 0):
-            So many steps before they change, A and B are chosen in a thread, from the weights of that moment, while
-            training goes on. Less than `refresh_every`. 0, the paper: training waits for the choice.
         explore_until (`int` or `float`, *optional*):
             Fraction of training (up to 1) or optimizer step (above 1) after which B becomes A. `None`: never.
         initial_density (`float`, *optional*):
@@ -76,6 +73,9 @@ class TopKastConfig(QuantizationConfigMixin):
             memory-mapped temporary file. Only refresh touches them.
         backend (`str`, *optional*, defaults to `"auto"`):
             Which implementation of the masked products runs, a key of `hf_topkast.ops.BACKENDS`, or `"auto"`.
+        refresh_lag (`int`, *optional*, defaults to 0):
+            So many steps before they change, A and B are chosen in a thread, from the weights of that moment, while
+            training goes on. Less than `refresh_every`. 0, the paper: training waits for the choice.
 
     Raises:
         ValueError: if a field is out of range; the message names the field, the value and what is allowed.
@@ -90,9 +90,6 @@ class TopKastConfig(QuantizationConfigMixin):
         metadata={"help": "Share of the weights in B ⊇ A. Default: min(1, 2 * density); that of A if static."},
     )
     refresh_every: int = field(default=100, metadata={"help": "Optimizer steps between two choices of A and B."})
-    refresh_lag: int = field(
-        default=0, metadata={"help": "Choose A and B so many steps ahead, while training goes on. 0: training waits."}
-    )
     explore_until: float | None = field(
         default=None,
         metadata={"help": "Fraction of training (<= 1) or step (> 1) after which B becomes A. Default: never."},
@@ -158,6 +155,9 @@ class TopKastConfig(QuantizationConfigMixin):
     )
     backend: str = field(
         default="auto", metadata={"help": "Implementation of the masked products; 'auto' picks the fastest usable."}
+    )
+    refresh_lag: int = field(
+        default=0, metadata={"help": "Choose A and B so many steps ahead, while training goes on. 0: training waits."}
     )
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
 
@@ -254,7 +254,7 @@ class TopKastConfig(QuantizationConfigMixin):
         elif rule is not None:
             names = isinstance(rule, list | tuple | set) and all(isinstance(entry, str) for entry in rule)
             _check(names, name, rule, "a list of module names, one regular expression, or None")
-            rule = list(rule)
+            rule = sorted(rule) if isinstance(rule, set) else list(rule)
             # The command line gives lists only, so the one keyword arrives as a list of one.
             setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
 

@@ -126,7 +126,6 @@ class TopKastController:
                 "start a new one without this warning: controller.load_state_dict({'step': 0})."
             )
             self._restarted_from = 0
-            self._refresher.forget_choice()
 
     def _skips(self, optimizer: Optimizer) -> bool:
         """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
@@ -168,8 +167,8 @@ class TopKastController:
             exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self._exploration_before.clear()
         self.step += 1
-        self._refresher.after_step(self.step)
-        self._see_layers()
+        if self._refresher.after_step(self.step):
+            self._see_layers()
 
     # Changing the sets
 
@@ -184,8 +183,8 @@ class TopKastController:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
         self._refresher.forget_choice()
-        self._refresher.refresh(self.step)
-        self._see_layers()
+        if self._refresher.refresh(self.step):
+            self._see_layers()
 
     @torch.no_grad()
     def end_exploration(self):
@@ -245,20 +244,21 @@ class TopKastController:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the last churn, as JSON types; everything else is in the model and the optimizer."""
-        return {"step": self.step, "mask_churn": self.mask_churn}
+        """
+        The step count and the last churn, as JSON types, and with `refresh_lag`, where a refresh was chosen ahead, the
+        sets under `"ahead"`, with tensors. Everything else is in the model and the optimizer.
+        """
+        return {"step": self.step, **self._refresher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]):
         """
         Continues from [`state_dict`]. Load the model and the optimizer as well.
 
         Raises:
-            ValueError: if `state` has no step count.
+            ValueError: if `state` has no step count, or sets for other layers.
         """
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
-        self.step, self._refresher.mask_churn = state["step"], state.get("mask_churn")
-        self._restarted_from = 0
-        if self.step == 0:
-            self._refresher.forget_choice()
+        self._refresher.load_state_dict(state)
+        self.step, self._restarted_from = state["step"], 0
         self._see_layers()

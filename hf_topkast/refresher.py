@@ -1,6 +1,8 @@
 """When A and B change and to what, and optimizer state that moves with its weight."""
 
 import time
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .ahead import choose_ahead, take_next_sets
+from .ahead import Choice, choose_ahead, unpacked
 from .base_layer import TopKastLayer
 from .config import TopKastConfig
 from .distributed import check_agreement, local, raise_together, set_digest, world_size
@@ -21,6 +23,12 @@ from .storage import Moment
 
 
 logger = logging.get_logger(__name__)
+
+# What the sets depend on beside the weights, the step and the schedules.
+CHOOSING_SETTINGS = (
+    *("method", "density", "backward_density"),
+    *("distribution", "density_overrides", "split_fused", "block_size"),
+)
 
 
 class Refresher:
@@ -66,6 +74,7 @@ class Refresher:
             )
         self.mask_churn: float | None = None
         self.seconds: float | None = None
+        self._choice: Choice | None = None
 
     def check_engine(self):
         """
@@ -87,29 +96,38 @@ class Refresher:
         if self.config.refresh_lag:
             check_lag(self.config.refresh_lag, self.layers.values())
 
-    def after_step(self, step: int):
-        """Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead."""
-        if self._next(step - 1) == step:
-            self.refresh(step)
+    def after_step(self, step: int) -> bool:
+        """
+        Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead. Says whether
+        layers got other weights.
+        """
+        changed = self._next(step - 1) == step and self.refresh(step)
         if step == self.exploration_end:
             self.end_exploration()
+            changed = True
         if self.config.refresh_lag and self._next(step) == step + self.config.refresh_lag:
             self._choose_ahead(self._next(step))
+        return changed
 
-    def refresh(self, step: int):
-        """Changes A and B of every layer to what was chosen ahead, or chooses them now, in the sizes of `step`."""
+    def refresh(self, step: int) -> bool:
+        """
+        Changes A and B of every layer to what was chosen ahead for this step, or chooses them now, in the sizes of the
+        step. Says whether it did, or the method never refreshes.
+        """
         if not self._plan.method.refreshes:
-            return
+            return False
         start = time.perf_counter()
         self._check_numbers()
-        stored = self._stored()
-        ahead = all(layer.next_sets is not None for layer in self.layers.values())
-        sizes = {} if ahead else self._sizes(step, self.layers)
+        stored, chosen = self._stored(), self._take_choice(step)
+        sizes = self._sizes(step, self.layers) if chosen is None else {}
         members = left = 0
         for name, layer in self.layers.items():
             theta = layer.theta()
             was_active = layer.pattern.active_mask()
-            active, backward = take_next_sets(layer) if ahead else self._plan.choose(name, theta, sizes[name])
+            if chosen is None:
+                active, backward = self._plan.choose(name, theta, sizes[name])
+            else:
+                active, backward = unpacked(chosen.pop(name), layer)
             self._reassign(name, active, backward, theta)
             members += int(was_active.sum())
             left += int((was_active & ~active).sum())
@@ -118,6 +136,7 @@ class Refresher:
             rebuild_buckets(self._ddp)
         self.mask_churn = left / members
         self.seconds = time.perf_counter() - start
+        return True
 
     def end_exploration(self):
         """Makes B := A in every layer."""
@@ -130,8 +149,28 @@ class Refresher:
 
     def forget_choice(self):
         """Drops what was chosen ahead."""
-        for layer in self.layers.values():
-            layer.next_sets = None
+        self._choice = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last churn, and under `"ahead"` what was chosen for the next refresh, with tensors; waits for it."""
+        state = {"mask_churn": self.mask_churn}
+        return state if self._choice is None else {**state, "ahead": self._choice.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """
+        Continues from [`state_dict`].
+
+        Raises:
+            ValueError: if what was chosen ahead is not for these layers.
+        """
+        self.mask_churn, self._choice, ahead = state.get("mask_churn"), None, state.get("ahead")
+        if ahead is None:
+            return
+        expected = {name: (2, -(-layer.numel // 8)) for name, layer in self.layers.items()}
+        found = {name: tuple(sets.shape) for name, sets in ahead["sets"].items() if sets.dtype == torch.uint8}
+        if found != expected:
+            raise ValueError("The sets in the state of this TopKastController, chosen ahead, are of another model.")
+        self._choice = Choice(ahead["key"], dict(ahead["sets"]))
 
     def check_agreement(self):
         """
@@ -152,19 +191,40 @@ class Refresher:
         """Has a thread choose the sets of the refresh at `step` from the present weights."""
         if self._plan.method.refreshes:
             self._check_numbers()
-            choose_ahead(self.layers, self._plan, lambda moments: self._sizes(step, moments))
+            self._choice = choose_ahead(self._key(step), self.layers, self._plan, partial(self._sizes, step))
+
+    def _take_choice(self, step: int) -> dict[str, Tensor] | None:
+        """What was chosen ahead for this step under these settings, once."""
+        choice, self._choice = self._choice, None
+        if choice is None or choice.key != self._key(step):
+            return None
+        sets, problem = None, None
+        try:
+            sets = dict(choice.sets())
+        except RuntimeError as error:
+            problem = error
+        raise_together(problem, self._group)
+        return sets
+
+    def _key(self, step: int) -> list:
+        """All that the sets of a step depend on beside the weights, as JSON types."""
+        settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
+        return [step, self._left(step), self._explores(step), settings]
+
+    def _left(self, step: int) -> float:
+        return 0.0 if self._arrived else way_left(step, self.config, self._density_window)
+
+    def _explores(self, step: int) -> bool:
+        return self.exploration_end is None or step < self.exploration_end
 
     @torch.no_grad()
     def _sizes(self, step: int, layers: dict[str, TopKastLayer] | dict[str, Moment]) -> dict[str, Sizes]:
-        left = 0.0 if self._arrived else way_left(step, self.config, self._density_window)
-        exploring = self.exploration_end is None or step < self.exploration_end
-
         def read(name: str) -> Tensor:
             # A pruned model keeps as many as it had at first, which the present sets still tell.
             nonzero = self.config.density == "nonzero"
             return layers[name].pattern.active_mask() if nonzero else layers[name].theta()
 
-        return self._plan.sizes(left, exploring, read)
+        return self._plan.sizes(self._left(step), self._explores(step), read)
 
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""

@@ -37,8 +37,7 @@ class SparseState:
     Attributes:
         tensors (`dict[str, torch.Tensor]`): per layer name, `.active` and `.backward` (both sets as packed bits),
             `.rest` (θ outside A, by ascending flat index of the (out, in) weight), `.unvisited` and
-            `.initial_reservoir_size`; and `.next_sets`, (2, ceil(n / 8)), where a coming refresh was chosen ahead.
-            In a compact export only `.active` and `.values` (α on A, in that order).
+            `.initial_reservoir_size`. In a compact export only `.active` and `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
         shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
         digests (`dict[str, str]`): of each layer's weights on A, which `model.safetensors` holds; empty in an export.
@@ -58,16 +57,9 @@ class SparseState:
         active = self._mask(name, "active")
         return active, active if self.compact else self._mask(name, "backward")
 
-    def next_masks(self, name: str) -> list[Tensor]:
-        """A and B of a layer as they were chosen ahead, if they were."""
-        packed = self.tensors.get(f"{name}.next_sets")
-        return [] if packed is None else [self._unpacked(name, bits) for bits in packed]
-
     def _mask(self, name: str, key: str) -> Tensor:
-        return self._unpacked(name, self.tensors[f"{name}.{key}"])
-
-    def _unpacked(self, name: str, packed: Tensor) -> Tensor:
         out_features, in_features = self.shapes[name]
+        packed = self.tensors[f"{name}.{key}"]
         return unpack_bits(packed, out_features * in_features).view(out_features, in_features)
 
 
@@ -148,9 +140,7 @@ def _problems(state: SparseState) -> Iterator[str]:
     if set(state.digests) != (set() if state.compact else set(state.shapes)):
         yield "its digests are not those of its layers"
     kinds = COMPACT_TENSORS if state.compact else TRAINING_TENSORS
-    expected = {f"{name}.{kind}" for name in state.shapes for kind in kinds}
-    ahead = set() if state.compact else {f"{name}.next_sets" for name in state.shapes}
-    if set(state.tensors) not in (expected, expected | ahead):
+    if set(state.tensors) != {f"{name}.{kind}" for name in state.shapes for kind in kinds}:
         yield "its tensors are not those of its layers"
         return
     for name, shape in state.shapes.items():
@@ -158,14 +148,11 @@ def _problems(state: SparseState) -> Iterator[str]:
             yield f"layer '{name}' has the shape {shape}"
             return
         tensors = {kind: state.tensors[f"{name}.{kind}"] for kind in kinds}
-        chosen = state.tensors.get(f"{name}.next_sets")
-        problems = list(_layer_problems(tensors, shape[0] * shape[1]))
-        problems += [] if chosen is None else _choice_problems(chosen, shape[0] * shape[1])
-        yield from (f"layer '{name}': {problem}" for problem in problems)
+        yield from (f"layer '{name}': {problem}" for problem in _layer_problems(tensors, shape[0] * shape[1]))
         block_size = state.config.block_size
         if any(size % block for size, block in zip(shape, block_size)) or not all(
             torch.equal(mask, spread_blocks(mask[:: block_size[0], :: block_size[1]], block_size))
-            for mask in (*state.masks(name), *state.next_masks(name))
+            for mask in state.masks(name)
         ):
             yield f"layer '{name}': its sets do not consist of whole blocks of {block_size}"
 
@@ -194,17 +181,6 @@ def _layer_problems(tensors: dict[str, Tensor], numel: int) -> Iterator[str]:
     size = tensors["initial_reservoir_size"]
     if size.dtype != torch.int64 or size.ndim or not int(masks["unvisited"].sum()) <= int(size) <= numel:
         yield "'initial_reservoir_size' is not the size of a reservoir"
-
-
-def _choice_problems(chosen: Tensor, numel: int) -> Iterator[str]:
-    if chosen.dtype != torch.uint8 or chosen.shape != (2, -(-numel // 8)):
-        yield f"'next_sets' is not two sets of {numel} packed bits"
-        return
-    active, backward = (unpack_bits(bits, numel) for bits in chosen)
-    if not torch.equal(torch.stack([pack_bits(active), pack_bits(backward)]), chosen):
-        yield "'next_sets' has bits past its end"
-    if not bool(active.any()) or bool((active & ~backward).any()):
-        yield "the next A is empty or not inside the next B"
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:

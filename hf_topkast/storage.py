@@ -1,6 +1,5 @@
 """What a sparse layer stores: its numbers, the sets A and B, and how both are changed, moved, saved and loaded."""
 
-from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
@@ -58,7 +57,6 @@ class SparseStorage(nn.Module):
         self.reservoir_device, self.block_size = reservoir_device, tuple(block_size)
         self.assignments = 0
         self._counted = None
-        self._next_sets: Tensor | Future | None = None
         pattern = Pattern.from_masks(active, backward, self.block_size)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         for name in STRUCTURE:
@@ -104,29 +102,13 @@ class SparseStorage(nn.Module):
         return assemble_theta(full(self.values.detach()), self.pattern, full(self.reservoir))
 
     def moment(self) -> Moment:
-        """θ as it is now, for a thread to read while the values are trained on: they are copied, the rest is not."""
-        device = self.reservoir.device
-        pattern = Pattern(self.row_offsets.to(device), self.columns.to(device), self.shape, self.block_size)
-        return Moment(self.values.detach().to(device, copy=True), pattern, self.reservoir)
-
-    @property
-    def next_sets(self) -> Tensor | None:
         """
-        A and B that were chosen ahead for the next refresh (`refresh_lag`), or `None`: packed bits, uint8,
-        (2, ceil(n / 8)), on the host. Waits for the thread that chooses them, and raises what it raised.
+        θ as it is now, on the device where the reservoir rests, for a thread to read while training goes on. Values
+        and pattern are copied; the reservoir, which only a refresh changes, is not.
         """
-        self._wait()
-        return self._next_sets
-
-    @next_sets.setter
-    def next_sets(self, sets: Tensor | Future | None):
-        self._next_sets = sets
-
-    def _wait(self):
-        """Lets a thread that chooses sets end, before the pattern and the reservoir change, which it reads."""
-        if isinstance(self._next_sets, Future):
-            thread, self._next_sets = self._next_sets, None
-            self._next_sets = thread.result()
+        own = {"device": self.reservoir.device, "copy": True}
+        pattern = Pattern(self.row_offsets.to(**own), self.columns.to(**own), self.shape, self.block_size)
+        return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach())
 
     @torch.no_grad()
     def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -141,7 +123,6 @@ class SparseStorage(nn.Module):
         Returns:
             `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
         """
-        self._wait()
         theta = self.theta() if theta is None else theta
         pattern = Pattern.from_masks(active, backward, self.block_size)
         sources = slot_sources(self.pattern, pattern)
@@ -198,9 +179,6 @@ class SparseStorage(nn.Module):
             self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
         return self
 
-    def __getstate__(self):
-        return {**self.__dict__, "_next_sets": self.next_sets}
-
     def __setstate__(self, state):
         super().__setstate__(state)
         if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
@@ -212,8 +190,6 @@ class SparseStorage(nn.Module):
             destination[f"{prefix}columns"] = self.columns.to(torch.int32)
         if self._rests_elsewhere:
             destination[f"{prefix}reservoir"] = self.reservoir
-        if self.next_sets is not None:
-            destination[f"{prefix}next_sets"] = self.next_sets
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
@@ -223,24 +199,19 @@ class SparseStorage(nn.Module):
                 "start from dense weights load them first and sparsify the model afterwards."
             )
             return
-        self._wait()
         problem = self._fit_storage(state_dict, prefix)
         if problem:
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.assignments += 1
-        if f"{prefix}values" in state_dict:  # not in the stock part of a checkpoint, which may hold a bias alone
-            self.next_sets = state_dict.get(f"{prefix}next_sets")
-        known = {f"{prefix}next_sets"}
-        if self._rests_elsewhere:
+        if self._rests_elsewhere:  # no buffer, so torch does not know the key
             key = f"{prefix}reservoir"
-            known.add(key)
             if key in state_dict:
                 self.reservoir.copy_(state_dict[key])
+                unexpected[:] = [other for other in unexpected if other != key]
             elif strict:
                 missing.append(key)
-        unexpected[:] = [key for key in unexpected if key not in known]  # no buffers, so torch does not know them
 
     def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
         """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
@@ -264,9 +235,6 @@ class SparseStorage(nn.Module):
                 f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
                 f"{sized['columns'].numel()} columns."
             )
-        chosen = state_dict.get(f"{prefix}next_sets")
-        if chosen is not None and (chosen.dtype != torch.uint8 or chosen.shape != (2, -(-self.numel // 8))):
-            return f"its next_sets are {chosen.dtype} {tuple(chosen.shape)}, not two sets of {self.numel} packed bits."
         for name in ("values", "columns", "reservoir"):
             if getattr(self, name).shape != sized[name].shape:
                 self._write(name, sized[name].detach())

@@ -28,6 +28,8 @@ from .surgery import sparse_info, sparse_layers
 
 logger = logging.get_logger(__name__)
 
+AHEAD_NAME = "topkast_ahead.pt"  # in a checkpoint beside optimizer.pt: sets chosen for the next refresh
+
 
 class TopKastCallback(TrainerCallback, ExportableState):
     """
@@ -39,11 +41,13 @@ class TopKastCallback(TrainerCallback, ExportableState):
     Attributes:
         controller ([`TopKastController`]): the one of the running or last training, `None` before the first.
         wrapped (`torch.nn.Module`, *optional*): the model as DDP has wrapped it, which callbacks are not told.
+        ahead (`dict`, *optional*): sets that the training to be resumed had chosen for its next refresh.
     """
 
     def __init__(self):
         self.controller: TopKastController | None = None
         self.wrapped: nn.Module | None = None
+        self.ahead: dict | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Makes the controller, once the optimizer is there and a resumed state is loaded."""
@@ -53,7 +57,8 @@ class TopKastCallback(TrainerCallback, ExportableState):
         self.controller = TopKastController(wrapped, optimizer, total_steps=state.max_steps)
         resumed = state.global_step > 0
         schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
-        self.controller.load_state_dict(schedule)
+        self.controller.load_state_dict({**schedule, "ahead": self.ahead} if resumed else schedule)
+        self.ahead = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Adds the `topkast/` metrics for the loggers that come after this callback."""
@@ -65,8 +70,9 @@ class TopKastCallback(TrainerCallback, ExportableState):
         self.controller.remove()
 
     def state(self) -> dict:
-        """The controller's state, for `trainer_state.json`."""
-        return {"args": {}, "attributes": {"saved": self.controller.state_dict() if self.controller else None}}
+        """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""
+        saved = self.controller and {**self.controller.state_dict(), "ahead": None}
+        return {"args": {}, "attributes": {"saved": saved}}
 
 
 class TopKastTrainerMixin:
@@ -161,9 +167,10 @@ class TopKastTrainerMixin:
             self._check_numbers()
             if self.args.should_save and os.path.isdir(directory):
                 # What stands there becomes a part of something while it is written over.
-                Path(directory, TRAINER_STATE_NAME).unlink(missing_ok=True)
+                for name in (TRAINER_STATE_NAME, AHEAD_NAME):
+                    Path(directory, name).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
-            if self.args.should_save:
+            if self.args.should_save and os.path.isdir(directory):  # not if save_total_limit took it at once
                 for path in (Path(directory, TRAINER_STATE_NAME), directory, os.path.dirname(directory)):
                     flush(path)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
@@ -206,6 +213,9 @@ class TopKastTrainerMixin:
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir):
+        ahead = self.topkast_controller.state_dict().get("ahead")
+        if self.args.should_save and ahead is not None:
+            torch.save(ahead, os.path.join(output_dir, AHEAD_NAME))
         if not self._whole_checkpoints:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -218,6 +228,9 @@ class TopKastTrainerMixin:
         # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
         if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
             self._load_from_checkpoint(checkpoint)
+        self._topkast_callback.ahead = None
+        if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, AHEAD_NAME)):
+            self._topkast_callback.ahead = torch.load(os.path.join(checkpoint, AHEAD_NAME), weights_only=True)
         if checkpoint is None or not self._whole_checkpoints:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -236,9 +249,7 @@ class TopKastTrainerMixin:
                 f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, "
                 f"its weights are of step {state.step}. Resume from another checkpoint."
             )
-        if _warn_of_other_settings(sparse_info(self.model).config, state):
-            for _, layer in sparse_layers(self.model):
-                layer.next_sets = None  # chosen ahead under the other settings
+        _warn_of_other_settings(sparse_info(self.model).config, state)
 
     def _load_best_model(self):
         if self._saved_by_us:
@@ -308,11 +319,8 @@ def resumable_step(directory: str | os.PathLike) -> int:
     return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
 
 
-def _warn_of_other_settings(config, state: SparseState) -> bool:
-    """Whether there are any."""
-    names = (spec.name for spec in fields(config))
-    others = [name for name in names if getattr(config, name) != getattr(state.config, name)]
-    for name in others:
+def _warn_of_other_settings(config, state: SparseState):
+    for name in (spec.name for spec in fields(config)):
         now, then = getattr(config, name), getattr(state.config, name)
-        logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")
-    return bool(others)
+        if now != then:
+            logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")

@@ -1,5 +1,3 @@
-import copy
-import pickle
 import threading
 
 import pytest
@@ -7,7 +5,7 @@ import torch
 from toy_models import loss_of, make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify
-from hf_topkast.ahead import choose_ahead, take_next_sets
+from hf_topkast.ahead import choose_ahead, unpacked
 from hf_topkast.plan import SetPlan
 from hf_topkast.surgery import sparse_info, sparse_layers
 
@@ -24,89 +22,109 @@ def start(model, choose=None):
     sizes = plan.sizes(0.0, True, lambda name: layers[name].theta())
     expected = {name: plan.choose(name, layer.theta(), sizes[name]) for name, layer in layers.items()}
     plan.choose = choose or plan.choose
-    choose_ahead(layers, plan, lambda moments: sizes)
-    return layers, expected
+    return choose_ahead(["key"], layers, plan, lambda moments: sizes), layers, expected
 
 
-def test_later_changes_of_the_values_do_not_count(model):
+def check(choice, layers, expected):
+    sets = choice.sets()
+    assert sets.keys() == layers.keys()
+    for name, layer in layers.items():
+        assert sets[name].dtype == torch.uint8 and sets[name].shape == (2, -(-layer.numel // 8))
+        assert all(torch.equal(one, two) for one, two in zip(unpacked(sets[name], layer), expected[name]))
+
+
+def test_later_changes_do_not_count(model):
     with torch.no_grad():
         for _, layer in sparse_layers(model):
             layer.values.copy_(torch.rand(layer.values.shape))
-    layers, expected = start(model)
+    choice, layers, expected = start(model)
     for layer in layers.values():
         layer.values.data.neg_().exp_()
-    for name, layer in layers.items():
-        assert all(torch.equal(one, two) for one, two in zip(take_next_sets(layer), expected[name]))
-        assert take_next_sets(layer) is None
+    check(choice, layers, expected)
+    assert choice.state_dict()["key"] == ["key"]
+
+
+class Slow:
+    """A rule that waits for a sign before it chooses everything."""
+
+    def __init__(self):
+        self.go_on = threading.Event()
+
+    def __call__(self, name, theta, sizes):
+        assert self.go_on.wait(60)
+        return theta > 0, theta == theta
 
 
 def test_training_does_not_wait_for_the_choice():
-    model = sparsify(make_gpt2(), density=0.2)
-    go_on = threading.Event()
-
-    def choose(name, theta, sizes):
-        assert go_on.wait(60)
-        return torch.ones_like(theta, dtype=torch.bool), torch.ones_like(theta, dtype=torch.bool)
-
-    layers, _ = start(model, choose)
+    model, slow = sparsify(make_gpt2(), density=0.2), Slow()
+    choice, layers, _ = start(model, slow)
+    thetas = {name: layer.theta() for name, layer in layers.items()}
     loss_of(model, token_batches(1)[0]).backward()
-    go_on.set()
-    assert all(bool(take_next_sets(layer)[0].all()) for layer in layers.values())
+    slow.go_on.set()
+    check(choice, layers, {name: (theta > 0, theta == theta) for name, theta in thetas.items()})
 
 
-def test_sets_do_not_change_while_a_thread_reads_them():
-    model = sparsify(make_gpt2(), density=0.2)
-    go_on, seen = threading.Event(), []
-
-    def choose(name, theta, sizes):
-        go_on.wait(0.2)
-        seen.append(name)
-        return theta > 0, theta > 0
-
-    layers, _ = start(model, choose)
-    last = list(layers.values())[-1]
-    last.reassign(last.pattern.active_mask(), last.pattern.active_mask())
-    assert len(seen) == len(layers)
-    assert last.next_sets is not None  # a choice outlives other changes
+def test_sets_and_sizes_may_change_meanwhile(model):
+    slow = Slow()
+    choice, layers, _ = start(model, slow)
+    thetas = {name: layer.theta() for name, layer in layers.items()}
+    for layer in layers.values():
+        active = layer.pattern.active_mask()
+        layer.reassign(active, active)
+    slow.go_on.set()
+    check(choice, layers, {name: (theta > 0, theta == theta) for name, theta in thetas.items()})
 
 
-def test_an_error_in_the_thread_comes_out_at_the_refresh():
+class Broken:
+    """A rule that fails at the last layer."""
+
+    def __call__(self, name, theta, sizes):
+        if name.endswith("1.mlp.c_proj"):
+            raise AttributeError("no such number")
+        return theta > 0, theta == theta
+
+
+@pytest.fixture
+def broken():
+    """A training whose choice, made after its first step for the second, has failed."""
     model = sparsify(make_gpt2(), density=0.2, refresh_every=2, refresh_lag=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = TopKastController(model, optimizer)
-
-    def choose(name, theta, sizes):
-        raise MemoryError("no room for another layer")
-
-    plan = controller._refresher._plan
-    plan.choose = choose
-    first, second = token_batches(2)
-    loss_of(model, first).backward()
+    rule, controller._refresher._plan.choose = controller._refresher._plan.choose, Broken()
+    loss_of(model, token_batches(1)[0]).backward()
     optimizer.step()
-    loss_of(model, second).backward()
-    with pytest.raises(MemoryError, match="no room"):
+    yield model, optimizer, controller
+    controller._refresher._plan.choose = rule
+
+
+def test_an_error_in_the_thread_is_raised_at_the_refresh_before_anything_changes(broken):
+    model, optimizer, _ = broken
+    before = [layer.pattern.columns.clone() for _, layer in sparse_layers(model)]
+    with pytest.raises(RuntimeError, match="could not choose the sets of the next refresh.*no such number"):
         optimizer.step()
+    assert all(torch.equal(one, layer.pattern.columns) for one, (_, layer) in zip(before, sparse_layers(model)))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_have_what_was_chosen(model, copied):
-    layers, expected = start(model)
-    for name, layer in sparse_layers(copied(model)):
-        assert all(torch.equal(one, two) for one, two in zip(take_next_sets(layer), expected[name]))
-    assert all(layer.next_sets is not None for layer in layers.values())
+def test_an_error_in_the_thread_spoils_no_other_weights(broken):
+    model, _, controller = broken
+    model.load_state_dict(model.state_dict())
+    controller.load_state_dict({"step": 1})
+    controller.end_exploration()
+    assert "ahead" not in controller.state_dict()
 
 
-def test_state_dict_of_other_shapes_is_refused(model):
-    start(model)
-    state = model.state_dict()
-    key = next(key for key in state if key.endswith("next_sets"))
-    state[key] = state[key][:, 1:]
-    with pytest.raises(RuntimeError, match="not two sets of"):
-        model.load_state_dict(state)
+def test_an_error_in_the_thread_is_raised_by_a_save_of_the_schedule(broken):
+    with pytest.raises(RuntimeError, match="no such number"):
+        broken[2].state_dict()
 
 
-def test_a_state_without_choice_forgets_an_older_one(model):
-    state = model.state_dict()
-    layers, _ = start(model)
-    model.load_state_dict(state)
-    assert all(layer.next_sets is None for layer in layers.values())
+def test_a_choice_for_another_model_is_refused():
+    controllers = []
+    for layers in (2, 1):
+        model = sparsify(make_gpt2(), density=0.2, exclude_modules=[] if layers == 2 else ["c_fc"])
+        controllers.append(TopKastController(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+    choice, *_ = start(sparsify(make_gpt2(), density=0.2))
+    state = {"step": 3, "ahead": choice.state_dict()}
+    controllers[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="chosen ahead, are of another model"):
+        controllers[1].load_state_dict(state)

@@ -22,8 +22,10 @@ from hf_topkast import (
     TopKastTrainerMixin,
     sparsify,
 )
+from hf_topkast.ahead import unpacked
 from hf_topkast.checkpoint import STATE_NAME
 from hf_topkast.surgery import sparse_layers
+from hf_topkast.trainer import AHEAD_NAME
 
 
 CONFIG = TopKastConfig(density=0.2, refresh_every=3, penalty=1e-3)
@@ -122,12 +124,47 @@ def test_resume_with_sets_chosen_ahead_is_bit_exact(tmp_path, cut):
     check_resume(make_gpt2, tmp_path, cut, refresh_lag=2)
 
 
-def test_resume_with_other_settings_forgets_what_was_chosen_ahead(tmp_path):
-    for density in (0.2, 0.3):
-        config = TopKastConfig(density=density, refresh_every=10, refresh_lag=7)
-        trainer = make_trainer(tmp_path, config=config, max_steps=5, save_strategy="steps", save_steps=5)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if density == 0.3 else None)
-        assert all((layer.next_sets is None) == (density == 0.3) for _, layer in sparse_layers(trainer.model))
+@pytest.mark.parametrize(
+    ("settings", "density"),
+    [
+        ({"density": 0.3}, 0.3),
+        ({"refresh_every": 8}, 0.2),
+        ({"reservoir_device": "cpu", "penalty": 0.5, "refresh_lag": 0}, None),  # the sets do not depend on these
+    ],
+    ids=str,
+)
+def test_sets_chosen_ahead_under_other_settings_are_not_used(tmp_path, monkeypatch, settings, density):
+    common = {"save_strategy": "steps", "save_steps": 5}
+    fields = {"refresh_every": 6, "refresh_lag": 5}
+    make_trainer(tmp_path, config=TopKastConfig(**fields), max_steps=5, **common).train()
+    assert (tmp_path / "checkpoint-5" / AHEAD_NAME).is_file()
+    used = []
+    monkeypatch.setattr("hf_topkast.refresher.unpacked", lambda *arguments: used.append(1) or unpacked(*arguments))
+    trainer = make_trainer(tmp_path, config=TopKastConfig(**{**fields, **settings}), **common)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert bool(used) == (density is None)
+    assert trainer.topkast_controller.density == pytest.approx(density or 0.2, rel=0.01)
+
+
+def test_a_longer_schedule_is_not_ruined_by_sets_chosen_ahead(tmp_path):
+    fields = {"initial_density": 1.0, "density_schedule": "linear", "schedule_end": 1.0, "refresh_every": 4}
+    common = {"save_strategy": "steps", "save_steps": 3}
+    densities = []
+    for lag in (0, 3):
+        config = TopKastConfig(density=0.2, refresh_lag=lag, **fields)
+        make_trainer(tmp_path / str(lag), config=config, max_steps=8, **common).train()
+        trainer = make_trainer(tmp_path / str(lag), config=config, max_steps=16, **common)
+        trainer.train(resume_from_checkpoint=str(tmp_path / str(lag) / "checkpoint-3"))
+        logs = trainer.state.log_history
+        densities.append([log["topkast/density"] for log in logs if "topkast/density" in log])
+    assert densities[0] == densities[1]
+
+
+def test_a_checkpoint_written_over_keeps_no_older_choice(tmp_path):
+    common = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    make_trainer(tmp_path, config=TopKastConfig(refresh_every=6, refresh_lag=5), **common).train()
+    make_trainer(tmp_path, config=TopKastConfig(refresh_every=6), **common).train()
+    assert not (tmp_path / "checkpoint-5" / AHEAD_NAME).exists()
 
 
 def test_resume_of_a_global_distribution_is_bit_exact(tmp_path):

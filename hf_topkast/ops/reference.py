@@ -11,8 +11,8 @@ from torch import Tensor
 from ..pattern import Pattern
 
 
-# How much of the dense gradient exists at once: a quarter of the layer, but of smaller layers so many elements (16 MiB
-# in float32), since a product in parts takes up to a third longer.
+# How much of the dense gradient exists at once: a quarter of the layer, or so many elements (16 MiB in float32) where
+# that is more, since a product in parts takes up to a third longer.
 GRADIENT_CHUNK = 1 / 4
 MIN_CHUNK_ELEMENTS = 2**22
 
