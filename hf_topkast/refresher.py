@@ -112,7 +112,7 @@ class Refresher:
     def refresh(self, step: int) -> bool:
         """
         Changes A and B of every layer to what was chosen ahead for this step, or chooses them now, in the sizes of the
-        step. Says whether it did, or the method never refreshes.
+        step. Says whether it did: a method may never refresh.
         """
         if not self._plan.method.refreshes:
             return False
