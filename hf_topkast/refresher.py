@@ -1,6 +1,7 @@
 """When A and B change and to what, and optimizer state that moves with its weight."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from .distributed import check_agreement, local, raise_together, set_digest, wor
 from .engines import check_lag, check_resizing, rebuild_buckets
 from .optimizers import carry_state, check_state
 from .plan import SetPlan, Sizes
+from .reservoir import Arriving
 from .schedule import density_window, next_refresh, resolve_step, way_left
 from .selection import check_finite
 from .storage import Moment
@@ -121,8 +123,7 @@ class Refresher:
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, self.layers) if chosen is None else {}
         members = left = 0
-        for name, layer in self.layers.items():
-            theta = layer.theta()
+        for name, layer, theta in self._thetas():
             was_active = layer.pattern.active_mask()
             if chosen is None:
                 active, backward = self._plan.choose(name, theta, sizes[name])
@@ -141,9 +142,9 @@ class Refresher:
     def end_exploration(self):
         """Makes B := A in every layer."""
         self._check_numbers()
-        for name, layer in self.layers.items():
+        for name, layer, theta in self._thetas():
             active = layer.pattern.active_mask()
-            self._reassign(name, active, active, layer.theta())
+            self._reassign(name, active, active, theta)
         if self._ddp is not None:
             rebuild_buckets(self._ddp)
 
@@ -183,6 +184,15 @@ class Refresher:
             patterns = [(name, layer.pattern) for name, layer in self.layers.items()]
             digests = {name: set_digest(sets.flat_index(), sets.active, sets.row_offsets) for name, sets in patterns}
             check_agreement(digests, self._group)
+
+    def _thetas(self) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
+        """The layers with θ of each, one at a time; meanwhile the reservoir of the next one is on its way."""
+        layers = list(self.layers.items())
+        coming = None
+        for (name, layer), following in zip(layers, [*layers[1:], None]):
+            arriving = coming or Arriving(layer.reservoir, layer.values.device)
+            coming = following and Arriving(following[1].reservoir, following[1].values.device)
+            yield name, layer, layer.theta(arriving.here())
 
     def _next(self, step: int) -> int:
         return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])

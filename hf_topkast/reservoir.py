@@ -5,6 +5,7 @@ They are stored once, as n − |B| numbers in ascending flat order, and only a r
 accelerator hold the sparse numbers alone (the paper's §2.4 proposes it).
 """
 
+import functools
 import os
 import tempfile
 
@@ -56,6 +57,37 @@ def put_to_rest(numbers: Tensor, place: str) -> Tensor:
     else:
         resting = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=torch.cuda.is_available())
     return resting.copy_(numbers)
+
+
+class Arriving:
+    """
+    A reservoir on its way from the host to a GPU, beside whatever the GPU does; any other is where it is needed.
+
+    Args:
+        resting (`torch.Tensor`): (n − |B|,), as [`put_to_rest`] gives it; must not change before it is here.
+        device (`torch.device`): where it is needed.
+    """
+
+    def __init__(self, resting: Tensor, device: torch.device):
+        self._numbers, self._arrival = resting, None
+        if device.type == "cuda" and resting.device.type == "cpu" and not is_sharded(resting):
+            stream = _copying_stream(device)
+            with torch.cuda.stream(stream):
+                self._numbers = resting.to(device, non_blocking=True)
+            self._arrival = stream.record_event()
+
+    def here(self) -> Tensor:
+        """The numbers, for what the present stream does next."""
+        if self._arrival is not None:
+            present = torch.cuda.current_stream(self._numbers.device)
+            present.wait_event(self._arrival)
+            self._numbers.record_stream(present)  # else their memory could be given away before it is read
+        return self._numbers
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
 
 
 def _reserve(file, size: int):

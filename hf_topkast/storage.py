@@ -97,9 +97,10 @@ class SparseStorage(nn.Module):
             self._counted = self.assignments, self._pattern(self.columns).active
         return self._counted[1]
 
-    def theta(self) -> Tensor:
-        """θ as (out, in), whatever the stock layout: a copy."""
-        return assemble_theta(full(self.values.detach()), self.pattern, full(self.reservoir))
+    def theta(self, reservoir: Tensor | None = None) -> Tensor:
+        """θ as (out, in), whatever the stock layout: a copy; from a copy of the reservoir if one is given."""
+        reservoir = self.reservoir if reservoir is None else reservoir
+        return assemble_theta(full(self.values.detach()), self.pattern, full(reservoir))
 
     def moment(self) -> Moment:
         """
