@@ -1,5 +1,6 @@
 """Sets for a coming refresh, chosen by a thread while training goes on (`refresh_lag`)."""
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,11 +36,14 @@ class Choice:
             RuntimeError: if the thread could not choose them; the message says why.
         """
         if isinstance(self._sets, Future):
-            try:
-                self._sets = self._sets.result()
-            except Exception as error:
-                raise RuntimeError(f"A thread could not choose the sets of the next refresh: {error!r}") from error
+            found = self._sets.result()
+            if isinstance(found, str):
+                raise RuntimeError(f"A thread could not choose the sets of the next refresh.\n{found}")
+            self._sets = found
         return self._sets
+
+    def __reduce__(self):  # of a copy, which has no thread
+        return Choice, (self.key, self.sets())
 
     def state_dict(self) -> dict[str, Any]:
         """The key, and the sets as tensors; waits for the thread."""
@@ -81,10 +85,13 @@ def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _choose(moments: dict[str, Moment], plan: SetPlan, sizes: Callable, stream) -> dict[str, Tensor]:
-    with torch.cuda.stream(stream):  # nothing without one
-        wanted, chosen = sizes(moments), {}
-        for name in list(moments):
-            masks = plan.choose(name, moments.pop(name).theta(), wanted[name])
-            chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
+def _choose(moments: dict[str, Moment], plan: SetPlan, sizes: Callable, stream) -> dict[str, Tensor] | str:
+    try:
+        with torch.cuda.stream(stream):  # nothing without one
+            wanted, chosen = sizes(moments), {}
+            for name in list(moments):
+                masks = plan.choose(name, moments.pop(name).theta(), wanted[name])
+                chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
+    except Exception:
+        return traceback.format_exc()  # the exception itself would keep θ of a layer alive until it is raised
     return chosen

@@ -243,12 +243,13 @@ class TopKastController:
             metrics["topkast/refresh_seconds"] = self.refresh_seconds
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, ahead: bool = True) -> dict[str, Any]:
         """
         The step count and the last churn, as JSON types, and with `refresh_lag`, where a refresh was chosen ahead, the
-        sets under `"ahead"`, with tensors. Everything else is in the model and the optimizer.
+        sets under `"ahead"`, with tensors (with `ahead=False` only whether it was). Everything else is in the model
+        and the optimizer.
         """
-        return {"step": self.step, **self._refresher.state_dict()}
+        return {"step": self.step, **self._refresher.state_dict(ahead)}
 
     def load_state_dict(self, state: dict[str, Any]):
         """

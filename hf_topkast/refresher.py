@@ -1,5 +1,6 @@
 """When A and B change and to what, and optimizer state that moves with its weight."""
 
+import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 # What the sets depend on beside the weights, the step and the schedules.
 CHOOSING_SETTINGS = (
-    *("method", "density", "backward_density"),
+    *("method", "density", "backward_density", "initial_density"),
     *("distribution", "density_overrides", "split_fused", "block_size"),
 )
 
@@ -152,9 +153,14 @@ class Refresher:
         """Drops what was chosen ahead."""
         self._choice = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """The last churn, and under `"ahead"` what was chosen for the next refresh, with tensors; waits for it."""
-        state = {"mask_churn": self.mask_churn}
+    def state_dict(self, ahead: bool = True) -> dict[str, Any]:
+        """
+        The last churn, whether a density schedule had ended before this training, and under `"ahead"` what was chosen
+        for the next refresh, with tensors, which it waits for; with `ahead=False` only whether there is such a choice.
+        """
+        state = {"mask_churn": self.mask_churn, "arrived": self._arrived}
+        if not ahead:
+            return {**state, "ahead": self._choice is not None}
         return state if self._choice is None else {**state, "ahead": self._choice.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]):
@@ -165,6 +171,7 @@ class Refresher:
             ValueError: if what was chosen ahead is not for these layers.
         """
         self.mask_churn, self._choice, ahead = state.get("mask_churn"), None, state.get("ahead")
+        self._arrived = state.get("arrived", self._arrived)
         if ahead is None:
             return
         expected = {name: (2, -(-layer.numel // 8)) for name, layer in self.layers.items()}
@@ -192,7 +199,9 @@ class Refresher:
         for (name, layer), following in zip(layers, [*layers[1:], None]):
             arriving = coming or Arriving(layer.reservoir, layer.values.device)
             coming = following and Arriving(following[1].reservoir, following[1].values.device)
-            yield name, layer, layer.theta(arriving.here())
+            theta = layer.theta(arriving.here())
+            del arriving  # its layer is about to get another one
+            yield name, layer, theta
 
     def _next(self, step: int) -> int:
         return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])
@@ -219,7 +228,7 @@ class Refresher:
     def _key(self, step: int) -> list:
         """All that the sets of a step depend on beside the weights, as JSON types."""
         settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
-        return [step, self._left(step), self._explores(step), settings]
+        return [step, self._left(step), self._explores(step), json.dumps(settings)]  # of overrides the order counts
 
     def _left(self, step: int) -> float:
         return 0.0 if self._arrived else way_left(step, self.config, self._density_window)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -57,7 +58,12 @@ class TopKastCallback(TrainerCallback, ExportableState):
         self.controller = TopKastController(wrapped, optimizer, total_steps=state.max_steps)
         resumed = state.global_step > 0
         schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
-        self.controller.load_state_dict({**schedule, "ahead": self.ahead} if resumed else schedule)
+        if schedule.get("ahead") and self.ahead is None:
+            raise CheckpointError(
+                f"The checkpoint of step {state.global_step} has no {AHEAD_NAME}, which holds the sets chosen for its "
+                "next refresh, so training cannot be resumed exactly. Keep the files of a checkpoint together."
+            )
+        self.controller.load_state_dict({**schedule, "ahead": self.ahead if schedule.get("ahead") else None})
         self.ahead = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -71,8 +77,7 @@ class TopKastCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""
-        saved = self.controller and {**self.controller.state_dict(), "ahead": None}
-        return {"args": {}, "attributes": {"saved": saved}}
+        return {"args": {}, "attributes": {"saved": self.controller and self.controller.state_dict(ahead=False)}}
 
 
 class TopKastTrainerMixin:
@@ -230,7 +235,7 @@ class TopKastTrainerMixin:
             self._load_from_checkpoint(checkpoint)
         self._topkast_callback.ahead = None
         if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, AHEAD_NAME)):
-            self._topkast_callback.ahead = torch.load(os.path.join(checkpoint, AHEAD_NAME), weights_only=True)
+            self._topkast_callback.ahead = _read_ahead(os.path.join(checkpoint, AHEAD_NAME))
         if checkpoint is None or not self._whole_checkpoints:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -317,6 +322,13 @@ def resumable_step(directory: str | os.PathLike) -> int:
     with open(os.path.join(directory, TRAINER_STATE_NAME), encoding="utf-8") as file:
         state = json.load(file)
     return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
+
+
+def _read_ahead(path: str) -> dict:
+    try:
+        return torch.load(path, weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
 
 
 def _warn_of_other_settings(config, state: SparseState):

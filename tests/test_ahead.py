@@ -1,3 +1,5 @@
+import copy
+import gc
 import threading
 
 import pytest
@@ -100,9 +102,25 @@ def broken():
 def test_an_error_in_the_thread_is_raised_at_the_refresh_before_anything_changes(broken):
     model, optimizer, _ = broken
     before = [layer.pattern.columns.clone() for _, layer in sparse_layers(model)]
-    with pytest.raises(RuntimeError, match="could not choose the sets of the next refresh.*no such number"):
+    with pytest.raises(RuntimeError, match=r"(?s)could not choose the sets of the next refresh.*no such number"):
         optimizer.step()
     assert all(torch.equal(one, layer.pattern.columns) for one, (_, layer) in zip(before, sparse_layers(model)))
+
+
+def test_an_error_in_the_thread_keeps_no_weights(broken):
+    controller = broken[2]
+    with pytest.raises(RuntimeError, match="no such number"):
+        controller.state_dict()
+    assert controller.state_dict(ahead=False)["ahead"] is True
+    largest = max(layer.shape for _, layer in sparse_layers(broken[0]))
+    gc.collect()
+    alive = [held for held in gc.get_objects() if type(held) is torch.Tensor and tuple(held.shape) == largest]
+    assert not [held for held in alive if held.is_floating_point()]
+
+
+def test_a_copy_of_a_choice_waits_for_it(model):
+    choice, layers, expected = start(model)
+    check(copy.deepcopy(choice), layers, expected)
 
 
 def test_an_error_in_the_thread_spoils_no_other_weights(broken):

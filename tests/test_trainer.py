@@ -129,6 +129,7 @@ def test_resume_with_sets_chosen_ahead_is_bit_exact(tmp_path, cut):
     [
         ({"density": 0.3}, 0.3),
         ({"refresh_every": 8}, 0.2),
+        ({"density_overrides": {".*": 0.4}}, 0.4),
         ({"reservoir_device": "cpu", "penalty": 0.5, "refresh_lag": 0}, None),  # the sets do not depend on these
     ],
     ids=str,
@@ -158,6 +159,26 @@ def test_a_longer_schedule_is_not_ruined_by_sets_chosen_ahead(tmp_path):
         logs = trainer.state.log_history
         densities.append([log["topkast/density"] for log in logs if "topkast/density" in log])
     assert densities[0] == densities[1]
+
+
+def test_resume_at_the_very_end_of_a_density_schedule(tmp_path):
+    fields = {"initial_density": 0.9, "schedule_end": 40, "refresh_every": 3, "refresh_lag": 2, "density": 0.2}
+    common = {"config": TopKastConfig(**fields), "save_strategy": "steps", "max_steps": 42}
+    straight = make_trainer(tmp_path / "straight", save_steps=38, **common)
+    straight.train()
+    resumed = make_trainer(tmp_path / "resumed", save_steps=38, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-38"))
+    assert same_weights(straight.model, resumed.model)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_resume_without_the_sets_chosen_ahead_is_refused(tmp_path, damage):
+    settings = {"config": TopKastConfig(refresh_every=6, refresh_lag=5), "save_strategy": "steps", "save_steps": 5}
+    make_trainer(tmp_path, max_steps=5, **settings).train()
+    file = tmp_path / "checkpoint-5" / AHEAD_NAME
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=AHEAD_NAME):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
 def test_a_checkpoint_written_over_keeps_no_older_choice(tmp_path):

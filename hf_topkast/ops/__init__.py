@@ -109,7 +109,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         dtype = torch.get_autocast_dtype(device_type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled() and _runs_at_once(x):
+    if not torch.is_grad_enabled() and _runs_at_once(x) and _have_numbers(values, pattern.columns, bias):
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
@@ -166,6 +166,11 @@ def _runs_at_once(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or is_in_torch_dispatch_mode()
     )
+
+
+def _have_numbers(*weights: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, and none stands for numbers that are elsewhere, as those of FSDP2 do."""
+    return all(weight is None or type(weight) in (Tensor, torch.nn.Parameter) for weight in weights)
 
 
 @torch.library.custom_op("hf_topkast::linear", mutates_args=())

@@ -46,9 +46,10 @@ class OneToken:
 
 
 def place(values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> tuple:
-    """What changes when one of a layer's tensors moves to other memory or another type."""
-    own = None if bias is None else (bias.data_ptr(), bias.dtype)
-    return values.data_ptr(), values.dtype, row_offsets.data_ptr(), columns.data_ptr(), own
+    """What changes when one of a layer's tensors moves to other memory, or lies there in another way."""
+    own = None if bias is None else (bias.data_ptr(), bias.dtype, bias.numel(), bias.is_contiguous())
+    weights = values.data_ptr(), values.dtype, values.numel(), values.is_contiguous()
+    return *weights, own, row_offsets.data_ptr(), columns.data_ptr(), columns.numel()
 
 
 def prepare(values: Tensor, pattern: Pattern, bias: Tensor | None) -> OneToken | None:

@@ -104,6 +104,21 @@ def test_mixed_types_are_not_read_as_float32():
     assert layer._one_token is None
 
 
+def test_the_same_place_in_another_way():
+    layer = make_layer()
+    memory = torch.randn(2 * layer.values.numel())
+    layer.values.data = memory[: layer.values.numel()]
+    check(layer)
+    layer.values.data = memory[::2]
+    with torch.no_grad():
+        x = torch.randn(1, 24)
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        layer.values.data = memory[:5]
+        with pytest.raises(ValueError, match="are not those of a sparse layer"):
+            layer(x)
+
+
 def test_not_with_gradients_several_tokens_autocast_or_another_backend():
     for run in (
         lambda layer, x: layer(x).sum().backward(),

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import ops
@@ -129,6 +130,16 @@ def test_without_gradients_the_output_is_the_same(dtype):
         with context():
             y = masked_linear(x, values, pattern, bias, "auto")
         assert torch.equal(y, expected) and not y.requires_grad
+
+
+def test_weights_without_numbers_are_not_read():
+    _, _, pattern, values, _, _ = problem(torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(values.detach())
+    for tokens in (1, 3):
+        with torch.no_grad():
+            y = masked_linear(torch.randn(tokens, IN), fake, pattern, None, "auto")
+        assert isinstance(y, FakeTensor) and y.shape == (tokens, OUT)
 
 
 def test_frozen_inputs_get_no_gradient():
