@@ -162,12 +162,13 @@ def test_a_longer_schedule_is_not_ruined_by_sets_chosen_ahead(tmp_path):
 
 
 def test_resume_at_the_very_end_of_a_density_schedule(tmp_path):
-    fields = {"initial_density": 0.9, "schedule_end": 40, "refresh_every": 3, "refresh_lag": 2, "density": 0.2}
-    common = {"config": TopKastConfig(**fields), "save_strategy": "steps", "max_steps": 42}
-    straight = make_trainer(tmp_path / "straight", save_steps=38, **common)
+    fields = {"initial_density": 0.9, "schedule_end": 100, "refresh_every": 3, "refresh_lag": 2, "density": 0.2}
+    common = {"config": TopKastConfig(**fields), "save_strategy": "steps", "max_steps": 102}
+    common |= {"lr_scheduler_type": "constant", "learning_rate": 5e-2}  # the weights still change at the end
+    straight = make_trainer(tmp_path / "straight", save_steps=98, **common)
     straight.train()
-    resumed = make_trainer(tmp_path / "resumed", save_steps=38, **common)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-38"))
+    resumed = make_trainer(tmp_path / "resumed", save_steps=98, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-98"))
     assert same_weights(straight.model, resumed.model)
 
 
