@@ -21,7 +21,7 @@ class Choice:
     Args:
         key (`list`): for which step and under which settings they are chosen, as JSON types.
         sets (`dict[str, torch.Tensor]` or `Future`): A and B by layer, as packed bits, uint8, (2, ceil(n / 8)), on the
-            host.
+            host. A thread that fails gives its traceback, a string, in their place.
     """
 
     def __init__(self, key: list, sets: dict[str, Tensor] | Future):

@@ -62,7 +62,7 @@ class TopKastController:
                     "remove() on the first one. (TopKastTrainer makes its own.)"
                 )
         exclude_from_weight_decay(self.optimizer, values)
-        self._refresher.check_engine()
+        self._refresher.check_changes()
         for layer in self.layers.values():
             layer.shard_rest()
         self._refresher.check_agreement()

@@ -79,7 +79,7 @@ class Refresher:
         self.seconds: float | None = None
         self._choice: Choice | None = None
 
-    def check_engine(self):
+    def check_changes(self):
         """
         Whether the engine that runs the model can follow what the settings will change.
 
