@@ -33,10 +33,9 @@ class TopKastLayer(SparseStorage):
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
         if runs_one_token(x, self._features()[0], self.backend):
-            values, bias = self.values, self.bias
             product = self._one_token
-            if product is None or not product.fits(values, self.row_offsets, self.columns, bias):
-                product = self._one_token = prepare_one_token(values, self.pattern, bias)
+            if product is None or not product.fits(self._parameters, self._buffers):
+                product = self._one_token = prepare_one_token(self.values, self.pattern, self.bias)
             if product is not None:
                 return product(x)
         return masked_linear(x, self.values, self.pattern, self.bias, self.backend)

@@ -121,10 +121,10 @@ def runs_one_token(x: Tensor, in_features: int, backend: str) -> bool:
         not torch.is_grad_enabled()
         and _runs_at_once(x)
         and x.dtype is torch.float32
+        and x.is_cpu
         and x.numel() == in_features
         and x.ndim > 0
         and x.shape[-1] == in_features
-        and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and backend in ("auto", "cpu")
         and "cpu" in BACKENDS

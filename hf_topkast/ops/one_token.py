@@ -26,19 +26,23 @@ class OneToken:
     """
 
     def __init__(self, values: Tensor, pattern: Pattern, bias: Tensor | None):
-        self._shape, self._stored = pattern.shape, pattern.stored
+        self._out_features, self._stored = pattern.shape[0], pattern.stored
         self._place = place(values, pattern.row_offsets, pattern.columns, bias)
-        self._weights = structure(pattern), array(values), 0 if bias is None else bias.data_ptr()
+        bias_address = 0 if bias is None else bias.data_ptr()
+        self._multiply = _native.OneToken(isa, structure(pattern), array(values), bias_address).multiply
 
-    def fits(self, values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> bool:
-        """Whether these are the tensors that it has."""
-        return self._place == place(values, row_offsets, columns, bias)
+    def fits(self, parameters: dict[str, Tensor | None], buffers: dict[str, Tensor | None]) -> bool:
+        """Whether a layer still has the same tensors. By its tables, for `nn.Module` looks names up more slowly."""
+        values, columns = parameters.get("values"), buffers.get("columns")
+        if values is None or columns is None:  # they are parametrised, or offered to FSDP2
+            return False
+        return self._place == place(values, buffers["row_offsets"], columns, parameters["bias"])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), of one token as [`runs_one_token`] finds it."""
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self._shape[0])
-        _native.forward_dots(isa, thread_count(self._stored), *self._weights, 1, x.data_ptr(), y.data_ptr())
+        y = x.new_empty(*(1,) * (x.ndim - 1), self._out_features)
+        self._multiply(thread_count(self._stored), x.data_ptr(), y.data_ptr())
         return y
 
     def __reduce__(self):  # addresses are of no use in a copy or another process
@@ -47,9 +51,17 @@ class OneToken:
 
 def place(values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> tuple:
     """What changes when one of a layer's tensors moves to other memory, or lies there in another way."""
-    own = None if bias is None else (bias.data_ptr(), bias.dtype, bias.numel(), bias.is_contiguous())
-    weights = values.data_ptr(), values.dtype, values.numel(), values.is_contiguous()
-    return *weights, own, row_offsets.data_ptr(), columns.data_ptr(), columns.numel()
+    own = () if bias is None else (bias.data_ptr(), bias.dtype, bias.is_contiguous(), bias.numel())
+    return (
+        values.data_ptr(),
+        values.dtype,
+        values.is_contiguous(),
+        values.numel(),
+        row_offsets.data_ptr(),
+        columns.data_ptr(),
+        columns.numel(),
+        *own,
+    )
 
 
 def prepare(values: Tensor, pattern: Pattern, bias: Tensor | None) -> OneToken | None:

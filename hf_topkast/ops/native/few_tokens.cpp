@@ -34,15 +34,12 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
 
 void forward_dots(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values,
                   const float* bias, int64_t tokens, const float* x, float* y) {
-    int64_t in = pattern.in_features, out = pattern.out_features, height = pattern.height;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < pattern.rows(); ++row) {
-        int64_t begin = pattern.begin(row), end = pattern.end(row);
-        for (int64_t token = 0; token < tokens; ++token) {
-            float* to = y + token * out + row * height;
-            for (int64_t i = 0; i < height; ++i) to[i] = bias ? bias[row * height + i] : 0;
-            kernels.dot_row(x + token * in, pattern, values, begin, end, to);
-        }
+    // Some 100 µs of work: threads that wake up late find less of it left, and the others do not wait for them.
+    int64_t parts = threads == 1 ? 1 : std::min<int64_t>(pattern.rows(), 16 * threads);
+#pragma omp parallel for schedule(guided) num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part) {
+        int64_t first = pattern.rows() * part / parts, last = pattern.rows() * (part + 1) / parts;
+        kernels.dot_rows(x, tokens, pattern, values, bias, first, last, y);
     }
 }
 

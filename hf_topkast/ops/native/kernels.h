@@ -42,9 +42,9 @@ struct Kernels {
     // gradient[p] = <line, tile[columns[p]]>;
     void (*inner_row[TILE_SIZES])(const float* tile, const Array& columns, int64_t begin, int64_t end,
                                   const float* line, const Array& gradient);
-    // and for one token, a row of blocks: out[i] += Σ values[p, i, j] · x[columns[p] · width + j].
-    void (*dot_row)(const float* x, const Pattern& pattern, const Array& values, int64_t begin, int64_t end,
-                    float* out);
+    // and for single tokens, token-major, rows first <= r < last of blocks: y = x·αᵀ + bias, which may be null.
+    void (*dot_rows)(const float* x, int64_t tokens, const Pattern& pattern, const Array& values, const float* bias,
+                     int64_t first, int64_t last, float* y);
 };
 
 const Kernels* portable_kernels();

@@ -223,7 +223,7 @@ void inner_row(const float* tile, const Column* columns, int64_t begin, int64_t 
 
 // One token's product is bound by reading the pattern, which the processor's own prefetching does not do far enough
 // ahead. The entries of the next row follow in memory.
-constexpr int64_t AHEAD = 512;
+constexpr int64_t AHEAD = 1024;
 
 template <class Column, class Value>
 float dot_row(const float* x, const Column* columns, const Value* values, int64_t begin, int64_t end) {
@@ -315,12 +315,23 @@ void inner_any_row(const float* tile, const Array& columns, int64_t begin, int64
     with_types(columns, gradient, [&](auto* c, auto* v) { inner_row<N>(tile, c, begin, end, line, v); });
 }
 
-void dot_any_row(const float* x, const Pattern& pattern, const Array& values, int64_t begin, int64_t end, float* out) {
+void dot_rows(const float* x, int64_t tokens, const Pattern& pattern, const Array& values, const float* bias,
+              int64_t first, int64_t last, float* y) {
+    int64_t height = pattern.height;
+    bool unstructured = pattern.unstructured();
     with_types(pattern.columns, values, [&](auto* c, auto* v) {
-        if (pattern.unstructured())
-            *out += dot_row(x, c, v, begin, end);
-        else
-            dot_blocks(x, c, v, begin, end, pattern.height, pattern.width, out);
+        for (int64_t row = first; row < last; ++row) {
+            int64_t begin = pattern.begin(row), end = pattern.end(row);
+            for (int64_t token = 0; token < tokens; ++token) {
+                const float* inputs = x + token * pattern.in_features;
+                float* out = y + token * pattern.out_features + row * height;
+                for (int64_t i = 0; i < height; ++i) out[i] = bias ? bias[row * height + i] : 0;
+                if (unstructured)
+                    *out += dot_row(inputs, c, v, begin, end);
+                else
+                    dot_blocks(inputs, c, v, begin, end, height, pattern.width, out);
+            }
+        }
     });
 }
 
@@ -335,7 +346,7 @@ constexpr Kernels TABLE = {
     {multiply_any_row<1>, multiply_any_row<2>, multiply_any_row<4>, multiply_any_row<8>},
     {scatter_any_row<1>, scatter_any_row<2>, scatter_any_row<4>, scatter_any_row<8>},
     {inner_any_row<1>, inner_any_row<2>, inner_any_row<4>, inner_any_row<8>},
-    dot_any_row,
+    dot_rows,
 };
 
 }  // namespace

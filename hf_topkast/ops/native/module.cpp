@@ -12,6 +12,25 @@
 namespace nb = nanobind;
 using namespace hf_topkast;
 
+namespace {
+
+// The product of one fp32 token, with all that stays the same from token to token.
+struct OneToken {
+    const Kernels& kernels;
+    Pattern pattern;
+    Array values;
+    const float* bias;
+
+    OneToken(const std::string& isa, Pattern pattern, Array values, uintptr_t bias)
+        : kernels(kernels_named(isa)), pattern(pattern), values(values), bias((const float*)bias) {}
+
+    void multiply(int threads, uintptr_t x, uintptr_t y) const {
+        forward_dots(kernels, threads, pattern, values, bias, 1, (const float*)x, (float*)y);
+    }
+};
+
+}  // namespace
+
 NB_MODULE(_native, m) {
     m.doc() = "Masked products on CPUs; called by cpu.py and expanded.py; handover.py checks every argument.";
     auto released = nb::call_guard<nb::gil_scoped_release>();
@@ -19,6 +38,10 @@ NB_MODULE(_native, m) {
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
     nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, int64_t, int64_t, int64_t, int64_t>());
     nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int, int>());
+
+    nb::class_<OneToken>(m, "OneToken")
+        .def(nb::init<const std::string&, Pattern, Array, uintptr_t>())
+        .def("multiply", &OneToken::multiply, released);
 
     m.def("instruction_sets", [] {
         std::vector<std::pair<std::string, int>> names;
