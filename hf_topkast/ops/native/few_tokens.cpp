@@ -16,9 +16,10 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
                  const float* bias, int64_t tokens, const Array& x, const Array& y) {
     int64_t in = pattern.in_features, out = pattern.out_features, line = kernels.width << schedule.tile;
     auto kernel = kernels.multiply_row[schedule.tile];
+    Scratch scratch(schedule.threads, (in + CHUNK) * line);
 #pragma omp parallel num_threads(schedule.threads)
     {
-        float* inputs = scratch((in + CHUNK) * line);
+        float* inputs = scratch.own();
         float* lines = inputs + in * line;
         kernels.load_tile(x.at(0), x.itemsize, in, tokens, in, line, inputs);
 #pragma omp for schedule(dynamic)
@@ -50,9 +51,10 @@ void grad_input_few(const Kernels& kernels, const Schedule& schedule, const Patt
     // Each thread adds up a fixed share of the rows: the result depends on the number of threads, never on their timing.
     int parts = schedule.threads;
     std::unique_ptr<float[]> sums(new float[parts * in * line]);
+    Scratch scratch(parts, CHUNK * line);
 #pragma omp parallel num_threads(parts)
     {
-        float* lines = scratch(CHUNK * line);
+        float* lines = scratch.own();
 #pragma omp for schedule(static)
         for (int part = 0; part < parts; ++part) {
             float* own = sums.get() + part * in * line;
@@ -80,9 +82,10 @@ void grad_values_few(const Kernels& kernels, const Schedule& schedule, const Pat
                      const Array& dy, const Array& x, const Array& gradient) {
     int64_t in = pattern.in_features, out = pattern.out_features, line = kernels.width << schedule.tile;
     auto kernel = kernels.inner_row[schedule.tile];
+    Scratch scratch(schedule.threads, (in + CHUNK) * line);
 #pragma omp parallel num_threads(schedule.threads)
     {
-        float* inputs = scratch((in + CHUNK) * line);
+        float* inputs = scratch.own();
         float* lines = inputs + in * line;
         kernels.load_tile(x.at(0), x.itemsize, in, tokens, in, line, inputs);
 #pragma omp for schedule(dynamic)

@@ -9,21 +9,23 @@
 
 namespace hf_topkast {
 
-float* scratch(int64_t floats) {
+Scratch::Scratch(int threads, int64_t floats) {
+    constexpr int64_t LINE = 64 / sizeof(float);
     struct Buffer {
         float* data = nullptr;
         int64_t size = 0;
         ~Buffer() { std::free(data); }
     };
     thread_local Buffer buffer;
-    if (buffer.size < floats) {
+    share = (floats + LINE - 1) / LINE * LINE;
+    if (buffer.size < threads * share) {
         std::free(buffer.data);
         buffer.size = 0;
-        buffer.data = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        buffer.data = (float*)std::aligned_alloc(64, threads * share * sizeof(float));
         if (!buffer.data) throw std::bad_alloc();
-        buffer.size = floats;
+        buffer.size = threads * share;
     }
-    return buffer.data;
+    first = buffer.data;
 }
 
 void expect_large_pages(const Array& output, int64_t size) {

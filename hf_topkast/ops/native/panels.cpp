@@ -81,9 +81,10 @@ void for_runs(const Pattern& pattern, const Grid& grid, bool stored, const Colum
 template <class Column, class Visit>
 void for_transposed(const Pattern& pattern, const Grid& grid, const Column* columns, int threads, Visit visit) {
     int64_t width = pattern.width;
+    std::vector<int64_t> bases(grid.panels() * grid.groups());  // segment − strip
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < grid.panels(); ++panel) {
-        std::vector<int64_t> base(grid.groups());  // segment − strip
+        int64_t* base = bases.data() + panel * grid.groups();
         for (int64_t group = 0; group < grid.groups(); ++group)
             base[group] = grid.first_segment(group, panel) - grid.first_row(group) / grid.strip;
         int64_t first = panel << grid.column_bits;

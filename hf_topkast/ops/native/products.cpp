@@ -16,9 +16,10 @@ void multiply(const Kernels& kernels, const Schedule& schedule, const Panels& pa
     int64_t line = kernels.width << schedule.tile;
     auto kernel = kernels.multiply[grid.strip == 4][schedule.tile];
     expect_large_pages(output, tokens * grid.rows);
+    Scratch scratch(schedule.threads, (grid.columns + grid.rows_of(0)) * line);
 #pragma omp parallel num_threads(schedule.threads)
     {
-        float* inputs = scratch((grid.columns + grid.rows_of(0)) * line);
+        float* inputs = scratch.own();
         float* outputs = inputs + grid.columns * line;
 #pragma omp for schedule(dynamic)
         for (int64_t token = 0; token < tokens; token += line) {
@@ -74,12 +75,13 @@ void grad_values(const Kernels& kernels, const Schedule& schedule, const Pattern
     auto kernel = kernels.inner[grid.strip == 4][schedule.tile];
     int64_t stride = (panels.size() * grid.strip + 15) / 16 * 16;
     std::unique_ptr<float[]> sums(new float[parts * stride]);
+    Scratch scratch(parts * shares, (grid.columns + grid.rows_of(0)) * line);
 #pragma omp parallel for schedule(static) num_threads(parts * shares)
     for (int item = 0; item < parts * shares; ++item) {
         int part = item / shares, share = item % shares;
         int64_t first_group = grid.groups() * share / shares, last_group = grid.groups() * (share + 1) / shares;
         if (first_group == last_group) continue;
-        float* inputs = scratch((grid.columns + grid.rows_of(0)) * line);
+        float* inputs = scratch.own();
         float* lines = inputs + grid.columns * line;
         float* own = sums.get() + part * stride;
         auto sums_of = [&](int64_t group) {  // where a group's sums begin
