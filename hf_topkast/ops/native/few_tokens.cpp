@@ -36,7 +36,7 @@ void forward_few(const Kernels& kernels, const Schedule& schedule, const Pattern
 void forward_dots(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values,
                   const float* bias, int64_t tokens, const float* x, float* y) {
     // Some 100 µs of work: threads that wake up late find less of it left, and the others do not wait for them.
-    int64_t parts = threads == 1 ? 1 : std::min<int64_t>(pattern.rows(), 16 * threads);
+    int64_t parts = threads == 1 ? 1 : std::min<int64_t>(pattern.rows(), 8 * threads);
 #pragma omp parallel for schedule(guided) num_threads(threads)
     for (int64_t part = 0; part < parts; ++part) {
         int64_t first = pattern.rows() * part / parts, last = pattern.rows() * (part + 1) / parts;
