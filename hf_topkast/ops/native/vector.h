@@ -135,5 +135,11 @@ INLINE void transpose(Vec* rows) {
     }
 }
 
+template <int H>
+INLINE Vec fold(Vec x) {  // adds the lanes that differ in bit H and above
+    if constexpr (H < W) return fold<2 * H>(x + across<H>(x, x, LANES));
+    return x;
+}
+
 }  // namespace
 }  // namespace hf_topkast
