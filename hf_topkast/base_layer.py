@@ -35,7 +35,8 @@ class TopKastLayer(SparseStorage):
         if runs_one_token(x, self._features()[0], self.backend):
             product = self._one_token
             if product is None or not product.fits(self._parameters, self._buffers):
-                product = self._one_token = prepare_one_token(self.values, self.pattern, self.bias)
+                values, bias = self.values, self.bias  # kept through the call: a parametrised bias is made for it
+                product = self._one_token = prepare_one_token(values, self.pattern, bias)
             if product is not None:
                 return product(x)
         return masked_linear(x, self.values, self.pattern, self.bias, self.backend)

@@ -33,10 +33,11 @@ class OneToken:
 
     def fits(self, parameters: dict[str, Tensor | None], buffers: dict[str, Tensor | None]) -> bool:
         """Whether a layer still has the same tensors. By its tables, for `nn.Module` looks names up more slowly."""
-        values, columns = parameters.get("values"), buffers.get("columns")
-        if values is None or columns is None:  # they are parametrised, or offered to FSDP2
+        columns = buffers.get("columns")
+        if columns is None:  # offered to FSDP2
             return False
-        return self._place == place(values, buffers["row_offsets"], columns, parameters["bias"])
+        # A bias that is parametrised is in neither table.
+        return self._place == place(parameters["values"], buffers["row_offsets"], columns, parameters.get("bias"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), of one token as [`runs_one_token`] finds it."""

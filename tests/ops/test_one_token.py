@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
@@ -77,6 +78,21 @@ def test_a_state_of_other_sizes():
     other.reassign(mask, mask)
     layer.load_state_dict(other.state_dict())
     check(layer)
+
+
+def test_a_parametrised_bias():
+    class Twice(nn.Module):
+        def forward(self, tensor):
+            return 2 * tensor
+
+    layer = make_layer()
+    check(layer)
+    parametrize.register_parametrization(layer, "bias", Twice())
+    x = torch.randn(1, 24)
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(layer(x), masked_linear(x, layer.values, layer.pattern, layer.bias, layer.backend))
+            layer.parametrizations.bias.original.mul_(-3)
 
 
 def test_other_types_go_the_long_way():
