@@ -18,11 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from hf_topkast.ops import cpu
 from hf_topkast.pattern import Pattern
 
+small = Pattern.from_masks(torch.ones(16, 16, dtype=torch.bool), torch.ones(16, 16, dtype=torch.bool))
+
 def failures(run):
+    # First what the loader makes when a thread first comes by, or first throws: without memory it ends the process.
     torch.set_num_threads(2)
-    (torch.ones(2**20) + 1).sum()  # the threads are there
+    (torch.ones(2**20) + 1).sum()
+    cpu.forward(torch.ones(8, 16), torch.ones(256), small, None)
+    try:
+        torch.empty(-1)
+    except RuntimeError:
+        pass
     count = 0
-    for spare in range(0, 2**26, 2**18):
+    for spare in range(2**18, 2**26, 2**18):
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
         try:
