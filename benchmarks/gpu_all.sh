@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark of one GPU, within 9 minutes; tables go to stdout, JSON files into the folder named first.
+# Every benchmark of one GPU but real training, within 9 minutes; tables go to stdout, JSON files into the folder named.
 #
 #     benchmarks/gpu_all.sh runs/gpu
 #
@@ -31,9 +31,11 @@ bench() { # name, module, arguments ...
 if [[ ${SMALL:-} ]]; then
     tokens=32 shapes="64x64" rounds=1
     models=("--layers 1 --width 64 --vocabulary 64 --context 32 --batch 1")
+    largest="--width 64 --vocabulary 64 --context 32 --batch 1 --mib 10"
 else
     tokens=16384 shapes="4096x4096 14336x4096" rounds=7
     models=("--model 1B --batch 16" "--model gpt2-small --batch 32" "--model 350M --batch 16")
+    largest="--bf16 --width 4096 --batch 1"
 fi
 
 for block in 64 32 128 16; do
@@ -49,4 +51,5 @@ for model in "${models[@]}"; do
     bench "$name-unstructured" step_time --bf16 $model --settings 0.2/0.4 0.1/0.2 --rounds $rounds
     bench "memory-${words[1]}" memory --bf16 $model
 done
+bench largest largest $largest
 exit $failed

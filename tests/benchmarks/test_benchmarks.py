@@ -1,16 +1,20 @@
 """That every benchmark runs, on tiny sizes, and writes what it promises. What it measures is not looked at."""
 
+import argparse
 import json
+import math
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import fine_tuning, generate, kernels, measure, memory, peers, scaling, step_time
+from benchmarks import fine_tuning, generate, kernels, largest, measure, memory, peers, scaling, step_time, training
 
 
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
 RUNS = {
+    largest: ["--width", "16", "--vocabulary", "16", "--context", "8", "--batch", "1", "--mib", "1"],
     memory: [*TINY, "--context", "8"],
     peers: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--peers", "hf_topkast", "torch.sparse"],
     scaling: ["--plan"],  # the measurement starts many processes
@@ -79,3 +83,52 @@ def test_fine_tuning_of_a_byte_model(tmp_path, monkeypatch, capsys):
     assert [row["run"] for row in rows] == list(fine_tuning.variants(0.2))
     assert [round(row["density at the end"], 1) for row in rows] == [1.0] + [0.2] * (len(rows) - 1)
     assert rows[0]["before"] == rows[0]["at the first step"] == rows[2]["at the first step"]  # cubic starts dense
+
+
+def test_the_largest_depth_is_tried_and_lowered_until_it_fits():
+    tried = []
+
+    def used(layers, bend):
+        tried.append(layers)
+        return 10.0 + 2 * layers + (bend if layers > 4 else 0)
+
+    assert largest.largest_depth(lambda layers: used(layers, 0), 1000) == (495, 1000)
+    assert tried == [2, 4, 495]
+    tried.clear()  # now with more than the first two depths foretell: 1,020 and 1,002, then 984
+    assert largest.largest_depth(lambda layers: used(layers, 20), 1000) == (477, 984)
+    assert tried == [2, 4, 495, 486, 477]
+    with pytest.raises(ValueError, match="smaller width"):
+        largest.largest_depth(lambda layers: math.inf if layers > 2 else 1.0, 1000)
+
+
+def test_the_search_needs_a_limit_and_no_depth(monkeypatch, capsys):
+    for options, message in ((["--width", "8"], "--mib 1000"), (["--mib", "1", "--layers", "3"], "leave it out")):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+        with pytest.raises(SystemExit):
+            largest.main()
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_runs_recipes_and_leaves_out_what_fails(tmp_path, monkeypatch, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} squared is {number**2}.\n" for number in range(9000)))
+    places = ["--data-file", str(text), "--folder", str(tmp_path), "--recipes", "recipes/enwik8/cpu"]
+    sizes = ["--steps", "2", "--eval-bytes", "1000", "--threads", "1", "--runs", "topkast_80_60:16", "missing"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *places, *sizes, "--json", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit, match="1 of 2 runs"):
+        training.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["run"] == "topkast_80_60:16" and row["steps"] == 2 and row["valid"] > 0
+    assert "missing: left out (1)" in capfd.readouterr().err
+
+
+def test_training_gives_up_a_run_and_what_it_launched(tmp_path, monkeypatch, capsys):
+    mark = tmp_path / "alive"
+    late = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    monkeypatch.setattr(training, "command", lambda *_: [sys.executable, "-c", launcher])
+    assert training.train("dense", argparse.Namespace(folder=tmp_path, limit=0.5)) is None
+    assert "more than 0.5 seconds" in capsys.readouterr().err
+    time.sleep(2)
+    assert not mark.exists()

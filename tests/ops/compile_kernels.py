@@ -37,8 +37,8 @@ def assembly(kernel, capability: int, number: str, constants: dict, **options) -
 
 def compile_all(capability: int, number: str, precision: str) -> dict[str, str]:
     """PTX of every kernel, by name; blocks are 32 × 64."""
-    options = {"num_warps": 4, "num_stages": 3}
-    tiles = {"TILE_TOKENS": 64, "TILE_K": 64, "TILE_N": 32, "PRECISION": precision}
+    options = {"num_warps": 4}
+    tiles = {"TILE_TOKENS": 64, "TILE_K": 64, "TILE_N": 32, "STAGES": 3, "PRECISION": precision}
     forward = {"TRANSPOSED": False, "SIDE_N": 32, "SIDE_K": 64, "ALIGNED": 16, **tiles}
     backward = {**forward, "TRANSPOSED": True, "bias": None}
     single = {"HEIGHT": 1, "WIDTH": 1, "TILE": 1024}

@@ -23,16 +23,16 @@ WIDEN = tl.constexpr(INTERPRETED)
 
 # Tokens and gathered features of a tile, warps, stages.
 PRODUCT_TILES = [(64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4)]
-GRADIENT_TILES = [(32, 64, 4, 3), (32, 128, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4)]
+GRADIENT_TILES = [(32, 64, 4, 3), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 256, 8, 3)]
 # What the best configuration depends on, beside dtypes.
-PRODUCT_KEY = ["scale", "lines", "x_features", "SIDE_N", "SIDE_K"]
+PRODUCT_KEY = ["scale", "lines", "x_features", "TRANSPOSED", "SIDE_N", "SIDE_K"]
 GRADIENT_KEY = ["scale", "out_features", "in_features", "HEIGHT", "WIDTH"]
 
 
 def configurations(tiles: list[tuple[int, int, int, int]]) -> list[triton.Config]:
     """What Triton's autotuner tries; in the interpreter, where there is nothing to gain, the first one alone."""
     return [
-        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features}, num_warps=warps, num_stages=stages)
+        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features, "STAGES": stages}, num_warps=warps)
         for tokens, features, warps, stages in (tiles[:1] if INTERPRETED else tiles)
     ]
 
@@ -68,6 +68,7 @@ def _product_kernel(
     ALIGNED: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A tile of tokens times the blocks of one line, or of `TILE_N` of the `SIDE_N` outputs that a line has."""
     # Lines next to each other share the tokens, which stay in the second cache meanwhile.
@@ -84,7 +85,8 @@ def _product_kernel(
         first = tl.load(bounds + line).to(tl.int32)
         count = (tl.load(bounds + line + 1).to(tl.int32) - first) * SIDE_K
     total = tl.zeros((TILE_TOKENS, TILE_N), tl.float32)
-    for start in range(0, count, TILE_K):
+    # The walk by columns, in 32 bits, goes through the pipeline too, which then keeps the operands half as far ahead.
+    for start in tl.range(0, count, TILE_K, num_stages=STAGES + 2 * TRANSPOSED):
         k = start + tl.arange(0, TILE_K)
         exists = k < count
         entry = first + k // SIDE_K
@@ -147,6 +149,7 @@ def _gradient_kernel(
     TILE_N: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The gradients of `TILE_K` features, as they stand side by side in a line of A or B\\A, at `TILE_N` outputs."""
     # As many programs as a full line needs: how long each one is only the GPU knows, and most have nothing to do.
@@ -164,7 +167,7 @@ def _gradient_kernel(
         feature = tl.load(columns + entry, mask=exists, other=0).to(tl.int32) * WIDTH + k % WIDTH
         output = line % (out_features // HEIGHT) * HEIGHT + n
         total = tl.zeros((TILE_K, TILE_N), tl.float32)
-        for first_token in range(0, tokens, TILE_TOKENS):
+        for first_token in tl.range(0, tokens, TILE_TOKENS, num_stages=STAGES):
             token = (first_token + tl.arange(0, TILE_TOKENS))[:, None].to(tl.int64)
             present = token < tokens
             inputs = tl.load(x + token * in_features + feature[None, :], mask=present & exists[None, :], other=0)
