@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
+# Whether torch's FSDP2 shards parameters of integers: up to 2.11 it stops at them.
+SHARDS_INTEGERS: bool = torch.__version__ >= "2.12"
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each rank holds a part of the tensor only."""
     return isinstance(tensor, DTensor)

@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from .distributed import full, is_sharded, local, part_of, shard_like
+from .distributed import SHARDS_INTEGERS, full, is_sharded, local, part_of, shard_like
 from .pattern import Pattern, pack_bits, slot_sources
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
 
+
+logger = logging.get_logger(__name__)
 
 STRUCTURE = ("row_offsets", "columns")
 TRACKING = ("unvisited", "initial_reservoir_size")
@@ -139,9 +142,14 @@ class SparseStorage(nn.Module):
     def offer_columns(self):
         """
         Makes `columns` a parameter without gradient, the only kind of tensor that FSDP2 shards and gathers for a
-        product. Call it before the model is wrapped; else every rank keeps all columns.
+        product. Call it before the model is wrapped; else every rank keeps all columns, as it does up to torch 2.11.
         """
-        if "columns" in self._buffers:
+        if not SHARDS_INTEGERS:
+            logger.warning_once(
+                f"The FSDP2 of torch {torch.__version__} shards no integers, so every rank keeps all columns of the "
+                "sparse layers, 2 bytes for each weight of B. From torch 2.12 on it keeps its part."
+            )
+        elif "columns" in self._buffers:
             self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
 
     def shard_rest(self):
@@ -173,6 +181,11 @@ class SparseStorage(nn.Module):
             # only a change of dtype makes torch drop it.
             current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
             current.data = new
+            # Up to torch 2.11 a compiled model looks at a module's tensors again only if their dictionary has changed.
+            for tensors in (self._parameters, self._buffers):
+                unchanged = dict(tensors)
+                tensors.clear()
+                tensors.update(unchanged)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

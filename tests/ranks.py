@@ -30,12 +30,14 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        common = {**os.environ, "OMP_NUM_THREADS": "1"}
         common["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         if ranks > 1:
             common.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if engine.startswith("fsdp"):
-            common.update(FSDP)
+            common.update(FSDP, ACCELERATE_TORCH_DEVICE="cpu")  # see `rank_workers.pass_for_gpus`
+        else:
+            common["ACCELERATE_USE_CPU"] = "true"
         if engine == "fsdp-sharded":
             common["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
         self.processes = [

@@ -63,9 +63,10 @@ def test_half_written_checkpoint_is_passed_over(tmp_path, monkeypatch, left):
     monkeypatch.setattr("hf_topkast.durable.logger.warning", warnings.append)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
     assert "checkpoint-8 is incomplete" in warnings[0]
-    resumed = make_trainer(tmp_path, **SAVING)
+    steps = Steps()
+    resumed = make_trainer(tmp_path, callbacks=[steps], **SAVING)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 6
+    assert steps.done == [7, 8]
     assert same_weights(straight.model, resumed.model)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
 
@@ -83,6 +84,16 @@ def test_checkpoint_that_is_written_over_counts_as_a_part(tmp_path, monkeypatch)
     with pytest.raises(IndexError):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert not (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
+
+
+class Steps(TrainerCallback):
+    """Writes down the optimizer steps of a run."""
+
+    def __init__(self):
+        self.done = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.done.append(state.global_step)
 
 
 class Break(TrainerCallback):
@@ -173,9 +184,10 @@ def test_sigterm_saves_if_asked(tmp_path):
     found[0].jit_manager.kill_wait = 0
     stopped.train()
     assert last_whole_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / "checkpoint-5")
-    resumed = make_trainer(tmp_path / "stopped", **settings)
+    steps = Steps()
+    resumed = make_trainer(tmp_path / "stopped", callbacks=[steps], **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 5
+    assert steps.done == [6, 7, 8]
     assert same_weights(straight.model, resumed.model)
 
 
