@@ -352,6 +352,7 @@ def test_the_kernels_compile_for_gpus(tmp_path):
     for name in ("forward", "grad_input", "grad_values"):
         for kind, unit in {"bf16": "f32.bf16.bf16", "tf32": "f32.tf32.tf32"}.items():
             assert unit in kernels[kind][name]  # on tensor cores
+        assert "wgmma" in kernels["bf16"][name]  # by four warps together, straight from shared memory
         assert "cp.async" in kernels["bf16"][name]  # loads run ahead of the products
     _, _, after_zeros = kernels["bf16"]["expand"].partition("st.global")
     assert "bar.sync" in after_zeros.partition("ld.global")[0]  # before the weights that overwrite them are read
