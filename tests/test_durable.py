@@ -199,7 +199,8 @@ def test_dead_rank_stops_the_others(tmp_path, engine):
     assert statuses[1][0] == -signal.SIGKILL
     assert statuses[0][0] == 1 and "onnection" in statuses[0][1]  # what gloo says
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    launch("train", 2, engine, **{**arguments, "die_at": None}, resume=True)
+    if engine == "fsdp" or torch.__version__ >= "2.12":  # older ones have no "cpu:0", where plain Trainer loads too
+        launch("train", 2, engine, **{**arguments, "die_at": None}, resume=True)
 
 
 @pytest.mark.slow
