@@ -69,6 +69,18 @@ def test_groups_under_a_scheduler_are_not_split():
         exclude_from_weight_decay(optimizer, {"fc": values})
 
 
+def test_a_group_of_their_own_is_left_alone_under_a_scheduler():
+    values, weight = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    groups = [{"params": [values], "weight_decay": 0.0}, {"params": [weight]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    exclude_from_weight_decay(optimizer, {"fc": values})
+    assert [(group["params"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        ([values], 0.0),
+        ([weight], 0.1),
+    ]
+
+
 def test_unwrap():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
     assert unwrap_optimizer(optimizer) is optimizer
