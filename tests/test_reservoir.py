@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import pickle
 import sys
 import tempfile
 
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_topkast import sparsify
 from hf_topkast.pattern import Pattern
 from hf_topkast.reservoir import Arriving, assemble_theta, put_to_rest, take_reservoir
 
@@ -40,6 +43,22 @@ def test_disk_uses_a_file_and_leaves_none_behind(tmp_path, monkeypatch):
         assert str(tmp_path) in maps.read()
     assert list(tmp_path.iterdir()) == []
     assert resting.sum() == 5000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_rests_on_disk_too(tmp_path, monkeypatch, duplicate):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = sparsify(torch.nn.Sequential(torch.nn.Linear(8, 8)), target_modules=["0"], reservoir_device="disk")
+
+    def files():
+        with open("/proc/self/maps") as maps:
+            return sum(str(tmp_path) in line for line in maps)
+
+    assert files() == 1
+    twin = duplicate(model[0])
+    assert files() == 2
+    assert torch.equal(twin.reservoir, model[0].reservoir)
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
