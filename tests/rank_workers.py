@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from ranks import FSDP
 from test_trainer import make_trainer
@@ -126,6 +126,26 @@ def sharded_bytes(**config) -> int:
         step(model, optimizer, tokens)
     model(input_ids=token_batches(1)[0]).logits.sum().backward()
     return live_bytes(model, optimizer)
+
+
+def prepared_by_accelerate(directory: str):
+    """A loop of one's own under Accelerate's FSDP2; rank 0 saves where it led."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # as docs/scaling.md says
+    pass_for_gpus()
+    accelerator = Accelerator()
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+    for _, layer in sparse_layers(model):
+        layer.offer_columns()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    TopKastController(model, optimizer)
+    assert all(is_sharded(layer.values) for _, layer in sparse_layers(model))
+    for tokens in token_batches(6):
+        accelerator.backward(loss_of(model, tokens))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = whole(model)
+    if accelerator.is_main_process:
+        torch.save(state, Path(directory) / "report.pt")
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from rank_workers import RESIZING, whole
+from rank_workers import RESIZING, sgd, whole
 from ranks import launch
 from toy_models import loss_of, make_gpt2, token_batches
 
@@ -111,6 +111,18 @@ def test_bytes_of_a_rank_under_fsdp(tmp_path):
         assert found["on disk"] == pytest.approx(stored / 2 + columns + offsets, rel=0.02)
         assert "FSDP2 cannot follow" in found["explore_until"] and "Train under DDP" in found["explore_until"]
         assert "FSDP2 has sharded" in found["refresh_lag"] and "Set refresh_lag=0" in found["refresh_lag"]
+
+
+def test_accelerates_fsdp_in_a_loop(tmp_path):
+    launch("prepared_by_accelerate", engine="fsdp", directory=str(tmp_path))
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+    optimizer = sgd(model)
+    TopKastController(model, optimizer)
+    for tokens in token_batches(6):
+        optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.step()
+    check_same(whole(model), torch.load(tmp_path / "report.pt"))
 
 
 def resumed(directory, engines, ranks):
