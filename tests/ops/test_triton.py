@@ -21,7 +21,7 @@ from hf_topkast.pattern import Pattern
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from hf_topkast.ops.triton import block_sparse, expand, forward, grad_input, grad_values, launch  # noqa: E402
+from hf_topkast.ops.triton import block_sparse, expand, forward, grad_input, grad_values, launch, tiles  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,18 +104,39 @@ def test_random_patterns(sides, grid, tokens, shares, seed):
     assert_products(problem(shape, tokens, sorted(shares), seed=seed, block_size=sides))
 
 
-@pytest.mark.parametrize("tiles", block_sparse.PRODUCT_TILES, ids=str)
-def test_every_tile_of_the_block_products(tiles, monkeypatch):
-    monkeypatch.setattr(block_sparse._product_kernel, "configs", block_sparse.configurations([tiles]))
+@pytest.mark.parametrize("tile", tiles.PRODUCT_TILES, ids=str)
+def test_every_tile_of_the_block_products(tile, monkeypatch):
+    monkeypatch.setattr(block_sparse._product_kernel, "configs", tiles.configurations([tile]))
     assert_products(problem((96, 256), 70, block_size=(32, 16)))
     assert_products(problem((48, 256), 70, block_size=(16, 64), dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("tiles", block_sparse.GRADIENT_TILES, ids=str)
-def test_every_tile_of_the_block_gradients(tiles, monkeypatch):
-    monkeypatch.setattr(block_sparse._gradient_kernel, "configs", block_sparse.configurations([tiles]))
+@pytest.mark.parametrize("tile", tiles.GRADIENT_TILES, ids=str)
+def test_every_tile_of_the_block_gradients(tile, monkeypatch):
+    monkeypatch.setattr(block_sparse._gradient_kernel, "configs", tiles.configurations([tile]))
     assert_products(problem((96, 256), 70, block_size=(32, 16)))
     assert_products(problem((48, 256), 70, block_size=(16, 64), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["PRODUCT_TILES", "GRADIENT_TILES"])
+def test_tiles_that_would_spill_are_left_out(name):
+    side = 0 if name == "PRODUCT_TILES" else 1
+    prune = tiles.without_spills("TILE_TOKENS" if side == 0 else "TILE_K")["early_config_prune"]
+    settings = getattr(tiles, name)
+    configs = [
+        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features, "STAGES": stages}, num_warps=warps)
+        for tokens, features, warps, stages in settings
+    ]
+
+    def kept(dtype, precision, tile_n):
+        return prune(configs, {"x": torch.empty(0, dtype=dtype)}, TILE_N=tile_n, PRECISION=precision, SIDE_N=1)
+
+    for tile_n in (16, 32, 64, 128):
+        assert kept(torch.bfloat16, "ieee", tile_n) == kept(torch.float32, "tf32", tile_n) == configs
+        left = kept(torch.float32, "ieee", tile_n)
+        sums = [setting[side] * tile_n / (32 * setting[2]) for setting in settings]
+        assert left == [config for config, count in zip(configs, sums) if count <= 64] != []
+    assert len(left) < len(configs)
 
 
 def test_rows_longer_than_a_tile():

@@ -12,29 +12,22 @@ from torch import Tensor
 
 from ...pattern import Pattern
 from .launch import INTERPRETED
+from .tiles import (
+    GRADIENT_KEY,
+    GRADIENT_TILES,
+    PRODUCT_KEY,
+    PRODUCT_TILES,
+    configurations,
+    scale_of,
+    tile_of,
+    without_spills,
+)
 
 
 # Sides of blocks are multiples of this, the least that a tensor core multiplies.
 GRAIN = 16
-MAX_TILE = 128
 SEARCH_TILE = 256
 WIDEN = tl.constexpr(INTERPRETED)
-
-
-# Tokens and gathered features of a tile, warps, stages.
-PRODUCT_TILES = [(64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4)]
-GRADIENT_TILES = [(32, 64, 4, 3), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 256, 8, 3)]
-# What the best configuration depends on, beside dtypes.
-PRODUCT_KEY = ["scale", "lines", "x_features", "TRANSPOSED", "SIDE_N", "SIDE_K"]
-GRADIENT_KEY = ["scale", "out_features", "in_features", "HEIGHT", "WIDTH"]
-
-
-def configurations(tiles: list[tuple[int, int, int, int]]) -> list[triton.Config]:
-    """What Triton's autotuner tries; in the interpreter, where there is nothing to gain, the first one alone."""
-    return [
-        triton.Config({"TILE_TOKENS": tokens, "TILE_K": features, "STAGES": stages}, num_warps=warps)
-        for tokens, features, warps, stages in (tiles[:1] if INTERPRETED else tiles)
-    ]
 
 
 @triton.jit
@@ -45,7 +38,7 @@ def _add_product(total, a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
-@triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY)
+@triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY, prune_configs_by=without_spills("TILE_TOKENS"))
 @triton.jit(do_not_specialize=["scale"])
 def _product_kernel(
     x,
@@ -131,7 +124,7 @@ def _transpose_kernel(row_offsets, columns, counts, rows, slots, height, STEPS: 
     tl.store(counts + column, found)
 
 
-@triton.autotune(configurations(GRADIENT_TILES), key=GRADIENT_KEY)
+@triton.autotune(configurations(GRADIENT_TILES), key=GRADIENT_KEY, prune_configs_by=without_spills("TILE_K"))
 @triton.jit(do_not_specialize=["scale"])
 def _gradient_kernel(
     dy,
@@ -194,7 +187,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block) -> Tensor:
     (y_features, x_features), (side_n, side_k) = shape, block
     y = torch.empty(len(x), y_features, dtype=x.dtype, device=x.device)
-    tile_n, lines = _tile(side_n), y_features // side_n
+    tile_n, lines = tile_of(side_n), y_features // side_n
 
     def grid(meta):
         return (triton.cdiv(len(x), meta["TILE_TOKENS"]) * (y_features // tile_n),)
@@ -209,7 +202,7 @@ def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block
             features,
             slots,
             len(x),
-            _scale(len(x)),
+            scale_of(len(x)),
             lines,
             x_features // side_k,
             x_features,
@@ -227,7 +220,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """dW|B: (tokens, out), (tokens, in), of one dtype → (|B|,)."""
     (out_features, in_features), (height, width) = pattern.shape, pattern.block_size
     gradient = torch.empty(pattern.stored, dtype=x.dtype, device=x.device)
-    tile_n = _tile(height)
+    tile_n = tile_of(height)
 
     def grid(meta):
         return (triton.cdiv(in_features, meta["TILE_K"]) * 2 * (out_features // tile_n),)
@@ -239,7 +232,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         pattern.row_offsets,
         pattern.columns,
         len(x),
-        _scale(len(x)),
+        scale_of(len(x)),
         out_features,
         in_features,
         HEIGHT=height,
@@ -266,16 +259,6 @@ def transposed(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
     arrays = pattern.row_offsets, pattern.columns, counts, *lists
     _transpose_kernel[(width,)](*arrays, height, STEPS=width.bit_length(), TILE=SEARCH_TILE)
     return counts, *lists
-
-
-def _tile(side: int) -> int:
-    """The largest power of two that divides a block's side, as Triton's tiles are."""
-    return min(side & -side, MAX_TILE)
-
-
-def _scale(tokens: int) -> int:
-    """Few, some or many tokens: what is fast for the one is not for the other, and each is tuned apart."""
-    return (tokens > 64) + (tokens > 1024)
 
 
 def precision() -> str:
