@@ -298,6 +298,20 @@ def test_resume_of_a_model_sparse_in_a_part(tmp_path):
     assert same_weights(straight.model, resumed.model)
 
 
+def test_a_plain_trainers_loggers_get_the_metrics(tmp_path):
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    seen = []
+    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback(), Logger()], max_steps=3)
+    trainer.train()
+    with_loss = [logs for logs in seen if "loss" in logs]
+    assert len(with_loss) == 3
+    assert all(logs["topkast/density"] == pytest.approx(0.2, abs=1e-3) for logs in with_loss)
+    assert not any("topkast/density" in logs for logs in seen if "loss" not in logs)
+
+
 def test_stock_trainer_cannot_resume_silently(tmp_path):
     checkpoint = checkpointed(tmp_path)
     trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
