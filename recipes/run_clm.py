@@ -26,10 +26,10 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from windows import EvaluationWindows, TrainingWindows
 
 from hf_topkast import TopKastTrainer, sparsify, sparsity_report
+from hf_topkast.durable import last_whole_checkpoint
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str:
-    """The last checkpoint in `output_dir`; a `ValueError` if there is none."""
+    """The last checkpoint in `output_dir` that was written to its end; a `ValueError` if there is none."""
     folder = Path(training_args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         raise ValueError(
             f"`--resume`: there is no checkpoint in `output_dir` `{folder}`. Leave `--resume` out to start from the "

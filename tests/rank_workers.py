@@ -27,8 +27,9 @@ from hf_topkast.surgery import sparse_layers
 def train(
     directory: str, resume=None, config: dict | None = None, weights: int = 0, die_at: int | None = None, **settings
 ):
-    """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets and dense weights to `report.pt`."""
-    config = TopKastConfig(**{"density": 0.2, "refresh_every": 3, "penalty": 1e-3, **(config or {})})
+    """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets, dense weights, metrics to `report.pt`."""
+    common = {"density": 0.2, "refresh_every": 3, "penalty": 1e-3, "exploration_lr_scale": 0.5}
+    config = TopKastConfig(**{**common, **(config or {})})
     if FSDP.keys() <= os.environ.keys():
         pass_for_gpus()
     trainer = make_trainer(directory, lambda: make_gpt2(weights), config=config, use_cpu=False, **settings)
@@ -43,6 +44,9 @@ def train(
     state = whole(trainer.accelerator.unwrap_model(trainer.model))
     if trainer.is_world_process_zero():
         state["ranks"] = torch.tensor(trainer.args.world_size)
+        logs = [log for log in trainer.state.log_history if "topkast/penalty" in log][-1]
+        names = ("penalty", "reservoir_use", "mask_churn")
+        state["metrics"] = torch.tensor([logs[f"topkast/{name}"] for name in names])
         torch.save(state, Path(directory) / "report.pt")
 
 

@@ -65,9 +65,12 @@ def test_a_training_step_is_one_graph_across_refreshes(make_model, variant):
 
 
 def test_the_end_of_exploration_compiles_once_more():
-    model = with_loss(sparsify(make_gpt2(), density=0.2, refresh_every=2, explore_until=4))
+    settings = {"density": 0.2, "refresh_every": 2, "explore_until": 4}
+    model, eager = (with_loss(sparsify(make_gpt2(), **settings)) for _ in range(2))
     compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
     assert train(model, compiled) == [1, 1, 1, 1, 2, 2, 2, 2]
+    train(eager, eager)
+    assert same_weights(model, eager)
 
 
 def test_sizes_that_change_often_need_two_graphs_where_torch_is_told():
@@ -109,7 +112,8 @@ def test_a_model_compiled_before_sparsify(compile_model):
     compiled(input_ids=token_batches(1)[0])  # so that there is a graph of the dense model
     assert sparsify(compiled, config) is compiled
     expected = with_loss(sparsify(make_gpt2(), config))
-    train(model, compiled)
+    before = compiled_graphs()
+    assert set(train(model, compiled)) == {before + 1}
     train(expected, expected)
     assert same_weights(model, expected)
     tokens = token_batches(1)[0]

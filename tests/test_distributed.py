@@ -26,6 +26,8 @@ def check_same(one, other):
     for key in one:
         if key.endswith(".sets"):
             assert torch.equal(one[key], other[key]), key
+        elif key == "metrics":
+            torch.testing.assert_close(one[key], other[key], rtol=1e-2, atol=0)
         else:
             torch.testing.assert_close(one[key], other[key], rtol=0, atol=1e-3)
 

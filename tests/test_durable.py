@@ -20,6 +20,23 @@ from hf_topkast.reservoir import put_to_rest
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
 
 
+def test_replacing_waits_for_the_disk(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    path = tmp_path / "file"
+    names = {path.parent.stat().st_ino: "folder"}
+
+    def note(handle):
+        events.append(f"{names[os.fstat(handle).st_ino]} on disk")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", lambda *names: events.append("renamed") or replace(*names))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        names[temporary.stat().st_ino] = "file"
+    assert events == ["file on disk", "renamed", "folder on disk"]
+
+
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from test_trainer import CONFIG, make_trainer, same_weights
 from toy_models import make_gpt2, make_llama, token_batches
 from transformers import AutoModelForCausalLM, Trainer
@@ -105,13 +106,32 @@ def test_trainers(make_model, tmp_path, base):
             super().__init__(model=add_lora(model, make_model), **kwargs)
 
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "kind": LoraTrainer}
-    settings |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
-    straight = make_trainer(tmp_path, make_model, metric_for_best_model="loss", **settings)
+    straight = make_trainer(tmp_path, make_model, **settings)
     before = {name: layer.theta() for name, layer in sparse_layers(straight.model)}
     straight.train()
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").is_file()
     for name, layer in sparse_layers(straight.model):
         assert torch.equal(layer.theta(), before[name]), name
-    resumed = make_trainer(tmp_path, make_model, metric_for_best_model="loss", **settings)
+    resumed = make_trainer(tmp_path, make_model, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same_weights(straight.model, resumed.model)
+
+
+def test_both_trainers_train_an_adapter_alike_and_load_the_best(make_model, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "metric_for_best_model": "loss"}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "greater_is_better": True}
+    ends = []
+    for base in (TopKastTrainer, Trainer):
+
+        class LoraTrainer(base):
+            def __init__(self, model, **kwargs):
+                super().__init__(model=add_lora(model, make_model), **kwargs)
+
+        trainer = make_trainer(tmp_path / base.__name__, make_model, kind=LoraTrainer, **settings)
+        trainer.train()
+        best = tmp_path / base.__name__ / "checkpoint-3"  # the first, where a larger loss is better
+        assert trainer.state.best_model_checkpoint == str(best)
+        saved, loaded = load_file(best / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model)
+        assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+        ends.append(load_file(tmp_path / base.__name__ / "checkpoint-6" / "adapter_model.safetensors"))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from arguments import ModelArguments
 from data import Corpus
 from run_clm import build_model, main
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from vocabulary import byte_tokenizer
 from windows import EvaluationWindows
 
@@ -129,9 +130,16 @@ def test_resume_ends_where_an_unbroken_run_does(runs, folder, kind):
     checkpoints = sorted(path.name for path in (folder / kind).glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-4", "checkpoint-8"]
     (folder / kind / "checkpoint-8").rename(folder / kind / "aside")
+    (folder / kind / "checkpoint-6").mkdir()  # left half-written, and passed over
     resumed = run(folder, kind, "--resume")
     for key in ("valid_bits_per_byte", "test_bits_per_byte", "tokens", "steps"):
         assert resumed[key] == runs[kind][key], key
+
+
+def test_evaluation_adds_up_batch_by_batch(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    run_clm.prepare_for_evaluation(args)
+    assert args.batch_eval_metrics
 
 
 def test_resume_without_a_checkpoint_is_an_error(folder):
@@ -234,6 +242,18 @@ def test_dense_and_sparse_runs_start_from_the_same_weights(folder, monkeypatch):
         run(folder, "dense")
     assert started[0].keys() == started[1].keys()
     assert all(torch.equal(tensor, started[1][name]) for name, tensor in started[0].items())
+
+
+def test_commit_of_a_checkout(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    monkeypatch.setattr(results_module, "__file__", str(tmp_path / "results.py"))
+    assert results_module.current_commit() == git("rev-parse", "HEAD") != ""
 
 
 def test_commit_is_null_outside_a_checkout(tmp_path, monkeypatch):
