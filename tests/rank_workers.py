@@ -28,7 +28,7 @@ def train(
     directory: str, resume=None, config: dict | None = None, weights: int = 0, die_at: int | None = None, **settings
 ):
     """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets, dense weights, metrics to `report.pt`."""
-    common = {"density": 0.2, "refresh_every": 3, "penalty": 1e-3, "exploration_lr_scale": 0.5}
+    common = {"density": 0.2, "refresh_every": 3, "penalty": 1e-3, "exploration_lr_scale": 0.5, "new_state": "mean"}
     config = TopKastConfig(**{**common, **(config or {})})
     if FSDP.keys() <= os.environ.keys():
         pass_for_gpus()

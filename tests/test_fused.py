@@ -81,7 +81,8 @@ def test_parts_are_the_query_the_key_and_the_value(family):
 
     query, key, value = range(3)
     # Without values the attention gives nothing, whatever the scores are; without queries all scores are zero, and
-    # without keys too. Each of these fails if a single row is in the wrong part.
+    # without keys too. Each of these fails if a single row is in the wrong part, unless a query's row and the row of
+    # the key that it is multiplied by have changed places, which these outputs cannot tell.
     torch.testing.assert_close(outputs((value, 0)), outputs((value, 0), (query, other), (key, other)))
     torch.testing.assert_close(outputs((query, 0)), outputs((query, 0), (key, other)))
     torch.testing.assert_close(outputs((key, 0)), outputs((key, 0), (query, other)))

@@ -46,7 +46,7 @@ def test_autocast(model, dtype):
         assert torch.nn.functional.cosine_similarity(half[name], layer.values.grad, dim=0) > 0.99
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"fp16": True}, {"gradient_checkpointing": True}], ids=str)
 def test_trainer_settings_that_change_rounding_only(make_model, tmp_path, settings):
     losses = []
     for extra in ({}, settings):
