@@ -20,12 +20,18 @@ from transformers import TrainerCallback
 
 from benchmarks.scaling import live_bytes
 from hf_topkast import TopKastConfig, TopKastController, sparsify
-from hf_topkast.distributed import SHARDS_INTEGERS, full, is_sharded
+from hf_topkast.distributed import SHARDS_INTEGERS, full, is_sharded, local
 from hf_topkast.surgery import sparse_layers
 
 
 def train(
-    directory: str, resume=None, config: dict | None = None, weights: int = 0, die_at: int | None = None, **settings
+    directory: str,
+    resume=None,
+    config: dict | None = None,
+    weights: int = 0,
+    die_at: int | None = None,
+    diverge_at: int | None = None,
+    **settings,
 ):
     """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets, dense weights, metrics to `report.pt`."""
     common = {"density": 0.2, "refresh_every": 3, "penalty": 1e-3, "exploration_lr_scale": 0.5, "new_state": "mean"}
@@ -35,6 +41,8 @@ def train(
     trainer = make_trainer(directory, lambda: make_gpt2(weights), config=config, use_cpu=False, **settings)
     if die_at is not None and trainer.args.process_index == 1:
         trainer.add_callback(Die(die_at))
+    if diverge_at is not None and trainer.args.process_index == 1:
+        trainer.add_callback(Diverge(diverge_at))
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.is_fsdp_enabled == (FSDP.keys() <= os.environ.keys())
     if trainer.is_fsdp_enabled:
@@ -64,6 +72,14 @@ class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Diverge(Die):
+    """Loses a number of this process's part of a layer."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            local(next(sparse_layers(model))[1].values.data)[0] = torch.nan
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:

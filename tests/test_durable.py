@@ -221,6 +221,14 @@ def test_dead_rank_stops_the_others(tmp_path, engine):
 
 
 @pytest.mark.slow
+def test_nan_in_one_ranks_part_is_saved_by_none(tmp_path):
+    arguments = {"directory": str(tmp_path), "diverge_at": 4, **SAVING}
+    for status, error in Run("train", 2, "fsdp", arguments).wait():
+        assert status == 1 and "'transformer.h.0.attn.c_attn.values' holds NaN" in error
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     for name, kills in (("straight", 0), ("killed", 20)):
         (tmp_path / name).mkdir()
