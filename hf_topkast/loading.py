@@ -60,13 +60,14 @@ class TopKastQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
         if self._state is None:
-            empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
-            if self.pre_quantized and empty:  # as compact exports write them; newer transformers notice it themselves
-                raise CheckpointError(
-                    f"'{model.name_or_path}' is a compact export without its {STATE_NAME}, which holds the weights: "
-                    f"'{empty[0]}' and others are empty, a mismatch with the model. Copy that file beside the others."
-                )
             if self.pre_quantized:
+                empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+                if empty:  # as compact exports write them; newer transformers notice it themselves
+                    raise CheckpointError(
+                        f"'{model.name_or_path}' is a compact export without its {STATE_NAME}, which holds the "
+                        f"weights: '{empty[0]}' and others are empty, a mismatch with the model. Copy that file "
+                        "beside the others."
+                    )
                 logger.warning(
                     f"'{model.name_or_path}' has no {STATE_NAME}: the weights outside A are lost and start again from "
                     "zero. Fine-tuning works; resuming the training that wrote the checkpoint does not."

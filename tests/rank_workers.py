@@ -36,7 +36,8 @@ def train(
     """Trains a tiny GPT-2 with `TopKastTrainer`; rank 0 writes θ, sets, dense weights, metrics to `report.pt`."""
     common = {"density": 0.2, "refresh_every": 3, "penalty": 1e-3, "exploration_lr_scale": 0.5, "new_state": "mean"}
     config = TopKastConfig(**{**common, **(config or {})})
-    if FSDP.keys() <= os.environ.keys():
+    sharded = FSDP.keys() <= os.environ.keys()
+    if sharded:
         pass_for_gpus()
     trainer = make_trainer(directory, lambda: make_gpt2(weights), config=config, use_cpu=False, **settings)
     if die_at is not None and trainer.args.process_index == 1:
@@ -44,8 +45,8 @@ def train(
     if diverge_at is not None and trainer.args.process_index == 1:
         trainer.add_callback(Diverge(diverge_at))
     trainer.train(resume_from_checkpoint=resume)
-    assert trainer.is_fsdp_enabled == (FSDP.keys() <= os.environ.keys())
-    if trainer.is_fsdp_enabled:
+    assert trainer.is_fsdp_enabled == sharded
+    if sharded:
         for _, layer in sparse_layers(trainer.model):
             assert all(map(is_sharded, (layer.values, layer.reservoir, layer.unvisited)))
             assert is_sharded(layer.columns) == SHARDS_INTEGERS

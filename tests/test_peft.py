@@ -28,6 +28,16 @@ def add_lora(model, make_model, **settings):
     return get_peft_model(model, config)
 
 
+def lora_trainer(base, make_model):
+    """A trainer class that adds an adapter to the model it is given."""
+
+    class LoraTrainer(base):
+        def __init__(self, model, **kwargs):
+            super().__init__(model=add_lora(model, make_model), **kwargs)
+
+    return LoraTrainer
+
+
 def trained(make_model):
     """A sparse model with an adapter that has been trained for some steps by a plain loop."""
     model = add_lora(sparsify(make_model(), copy.deepcopy(CONFIG)), make_model).train()
@@ -101,11 +111,7 @@ def test_an_adapter_of_transformers_own_is_saved_alone(make_model, tmp_path):
 
 @pytest.mark.parametrize("base", [TopKastTrainer, Trainer])
 def test_trainers(make_model, tmp_path, base):
-    class LoraTrainer(base):
-        def __init__(self, model, **kwargs):
-            super().__init__(model=add_lora(model, make_model), **kwargs)
-
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "kind": LoraTrainer}
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "kind": lora_trainer(base, make_model)}
     straight = make_trainer(tmp_path, make_model, **settings)
     before = {name: layer.theta() for name, layer in sparse_layers(straight.model)}
     straight.train()
@@ -122,16 +128,12 @@ def test_both_trainers_train_an_adapter_alike_and_load_the_best(make_model, tmp_
     settings |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "greater_is_better": True}
     ends = []
     for base in (TopKastTrainer, Trainer):
-
-        class LoraTrainer(base):
-            def __init__(self, model, **kwargs):
-                super().__init__(model=add_lora(model, make_model), **kwargs)
-
-        trainer = make_trainer(tmp_path / base.__name__, make_model, kind=LoraTrainer, **settings)
+        folder = tmp_path / base.__name__
+        trainer = make_trainer(folder, make_model, kind=lora_trainer(base, make_model), **settings)
         trainer.train()
-        best = tmp_path / base.__name__ / "checkpoint-3"  # the first, where a larger loss is better
+        best = folder / "checkpoint-3"  # the first, where a larger loss is better
         assert trainer.state.best_model_checkpoint == str(best)
         saved, loaded = load_file(best / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model)
         assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
-        ends.append(load_file(tmp_path / base.__name__ / "checkpoint-6" / "adapter_model.safetensors"))
+        ends.append(load_file(folder / "checkpoint-6" / "adapter_model.safetensors"))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
