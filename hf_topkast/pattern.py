@@ -9,6 +9,8 @@ from torch import Tensor
 
 INT16_MAX = torch.iinfo(torch.int16).max
 INT32_MAX = torch.iinfo(torch.int32).max
+# Sides of blocks that tensor cores multiply as they are: multiples of this.
+GRAIN = 16
 
 
 def index_dtype(largest: int) -> torch.dtype:
@@ -34,12 +36,14 @@ class Pattern(NamedTuple):
         columns (`torch.Tensor`): int16 where they fit, else int32; (blocks,); the column of each, counted in blocks.
         shape (`tuple[int, int]`): (out, in) of the weight.
         block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block.
+        column_walk (`torch.Tensor`, *optional*): what [`Pattern.walk_by_columns`] returns, where it is kept.
     """
 
     row_offsets: Tensor
     columns: Tensor
     shape: tuple[int, int]
     block_size: tuple[int, int] = (1, 1)
+    column_walk: Tensor | None = None
 
     @classmethod
     def from_masks(cls, active: Tensor, backward: Tensor, block_size: tuple[int, int] = (1, 1)) -> "Pattern":
@@ -57,12 +61,13 @@ class Pattern(NamedTuple):
         row_offsets = torch.zeros(len(sets) + 1, dtype=torch.int64, device=sets.device)
         torch.cumsum(sets.sum(1), 0, out=row_offsets[1:])
         columns = sets.nonzero()[:, 1]
-        return cls(
+        pattern = cls(
             row_offsets=row_offsets.to(torch.int32 if columns.numel() <= INT32_MAX else torch.int64),
             columns=columns.to(index_dtype(sets.shape[1] - 1)),
             shape=tuple(active.shape),
             block_size=tuple(block_size),
         )
+        return pattern._replace(column_walk=pattern.walk_by_columns()) if pattern.fills_tiles else pattern
 
     @property
     def numel(self) -> int:
@@ -93,6 +98,29 @@ class Pattern(NamedTuple):
             return corners
         ids = [torch.arange(size, device=corners.device) for size in self.block_size]
         return (corners[:, None, None] + (ids[0][:, None] * in_features + ids[1])).flatten()
+
+    @property
+    def fills_tiles(self) -> bool:
+        """Whether tensor cores multiply its blocks as they are."""
+        return all(side % GRAIN == 0 for side in self.block_size)
+
+    def walk_by_columns(self) -> Tensor:
+        """
+        The blocks of A column by column, as products by αᵀ on tensor cores need them: a CSC index of values that stay
+        where they are. Making it does not wait for the device, so it has room for all of B.
+
+        Returns:
+            `torch.Tensor`: int32, (columns + 1 + 2·blocks,), one after the other: where in the two lists each column
+            begins, with their end; the rows of the blocks; their places among the blocks stored. Behind those of A,
+            the lists hold those of B\\A.
+        """
+        rows, columns = (size // side for size, side in zip(self.shape, self.block_size))
+        places = torch.arange(self.columns.numel(), dtype=self.row_offsets.dtype, device=self.columns.device)
+        lines = torch.searchsorted(self.row_offsets, places, right=True) - 1
+        keys = torch.where(lines < rows, self.columns.int(), columns)
+        keys, order = keys.sort(stable=True)
+        begins = torch.searchsorted(keys, torch.arange(columns + 1, dtype=keys.dtype, device=keys.device))
+        return torch.cat([begins, lines[order] % rows, order]).int()
 
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""

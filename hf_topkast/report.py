@@ -129,6 +129,8 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 def _row(name: str, layer: TopKastLayer) -> LayerRow:
     copies = COPIES_IN_TRAINING if layer.values.requires_grad else 1
     buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING)]
+    if layer.column_walk is not None:
+        buffers.append(layer.column_walk)
     if layer.reservoir_device != "disk":
         buffers.append(layer.reservoir)
     return LayerRow(

@@ -37,6 +37,9 @@ class SparseStorage(nn.Module):
         values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
             life.
         row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
+        column_walk (`torch.Tensor`, *optional*): what dX on a GPU needs beside them for blocks that fill the tiles of
+            tensor cores, see [`Pattern.walk_by_columns`]. Made from them whenever they change, and not saved; so
+            change them by `reassign` or `load_state_dict` only.
         reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
             Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
@@ -64,6 +67,7 @@ class SparseStorage(nn.Module):
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         for name in STRUCTURE:
             self.register_buffer(name, getattr(pattern, name))
+        self.register_buffer("column_walk", pattern.column_walk, persistent=False)
         reservoir = take_reservoir(theta, backward)
         if reservoir_device == "same":
             self.register_buffer("reservoir", reservoir)
@@ -78,7 +82,7 @@ class SparseStorage(nn.Module):
         return self._pattern(full(self.columns))
 
     def _pattern(self, columns: Tensor) -> Pattern:
-        return Pattern(self.row_offsets, columns, self.shape, self.block_size)
+        return Pattern(self.row_offsets, columns, self.shape, self.block_size, self.column_walk)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,6 +138,8 @@ class SparseStorage(nn.Module):
         self._write("values", theta.flatten()[pattern.flat_index()])
         for name in STRUCTURE:
             self._write(name, getattr(pattern, name))
+        if pattern.column_walk is not None:
+            self._keep_walk(pattern.column_walk)
         self._write("reservoir", take_reservoir(theta, backward))
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
         self.assignments += 1
@@ -163,6 +169,13 @@ class SparseStorage(nn.Module):
     @property
     def _rests_elsewhere(self) -> bool:
         return self.reservoir_device != "same"
+
+    def _keep_walk(self, walk: Tensor):
+        """In the place of the former one, where a CUDA graph goes on reading."""
+        if walk.device == self.column_walk.device:
+            self._write("column_walk", walk)
+        else:  # after a load with `assign=True`
+            self.column_walk = walk
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
@@ -218,6 +231,8 @@ class SparseStorage(nn.Module):
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.column_walk is not None:
+            self._keep_walk(self.pattern.walk_by_columns())
         self.assignments += 1
         if self._rests_elsewhere:  # no buffer, so torch does not know the key
             key = f"{prefix}reservoir"

@@ -128,7 +128,29 @@ def fully_sharded(directory: str):
             sharded_bytes(density=0.2, **{name: value})
         except ValueError as error:
             facts[name] = str(error)
+    facts["walks"] = sharded_walks()
     Path(directory, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def sharded_walks() -> list[bool]:
+    """Whether the walk by columns is that of the sets: after a refresh that changes them, and after the old state."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64))
+    sparsify(model, density=0.3, backward_density=0.5, refresh_every=1, block_size=16, target_modules=["0"])
+    layer = model[0]
+    layer.offer_columns()
+    fully_shard(model)
+    optimizer = torch.optim.SGD([layer.values, layer.bias], lr=0.5)
+    TopKastController(model, optimizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    walks = [layer.column_walk.clone()]
+    torch.manual_seed(dist.get_rank())
+    (model(torch.randn(8, 96)) - 1).square().sum().backward()
+    optimizer.step()
+    walks.append(layer.column_walk.clone())
+    facts = [torch.equal(layer.column_walk, layer.pattern.walk_by_columns()), not torch.equal(*walks)]
+    model.load_state_dict(before)
+    return [*facts, torch.equal(layer.column_walk, walks[0])]
 
 
 def sharded_bytes(**config) -> int:

@@ -111,6 +111,7 @@ def test_bytes_of_a_rank_under_fsdp(tmp_path):
         stored = (16 * 0.4 + 1 / 8) * n + 16 * rest
         assert found["sparse"] == pytest.approx((stored + 4 * 0.6 * n) / 2 + columns + offsets, rel=0.02)
         assert found["on disk"] == pytest.approx(stored / 2 + columns + offsets, rel=0.02)
+        assert all(found["walks"])
         assert "FSDP2 cannot follow" in found["explore_until"] and "Train under DDP" in found["explore_until"]
         assert "FSDP2 has sharded" in found["refresh_lag"] and "Set refresh_lag=0" in found["refresh_lag"]
 

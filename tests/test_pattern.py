@@ -60,6 +60,29 @@ def test_slot_sources_follow_each_weight(shape, seed, block_size):
         assert source == (old_places.index(place) if place in old_places else -1)
 
 
+@given(shape=shapes, seed=st.integers(0, 10**6), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)), block_size=blocks)
+def test_the_walk_by_columns_has_the_blocks_of_a_in_their_order(shape, seed, shares, block_size):
+    active, backward = random_masks(shape, seed, *sorted(shares), block_size)
+    pattern = Pattern.from_masks(active, backward, block_size)
+    walk, stored = pattern.walk_by_columns(), pattern.columns.numel()
+    begins, rows, places = (part.tolist() for part in walk.split([shape[1] + 1, stored, stored]))
+    grid = active[:: block_size[0], :: block_size[1]]
+    by_rows = grid.nonzero().tolist()  # as the blocks of A are stored
+    by_columns = grid.T.nonzero().flip(1).tolist()
+    assert walk.dtype == torch.int32
+    assert rows[: len(by_rows)] == [row for row, _ in by_columns]
+    assert places[: len(by_rows)] == [by_rows.index(block) for block in by_columns]
+    assert begins == [0, *grid.sum(0).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize(("sides", "needed"), [((16, 48), True), ((32, 16), True), ((16, 8), False), ((1, 1), False)])
+def test_patterns_of_blocks_for_tensor_cores_keep_their_walk(sides, needed):
+    mask = torch.ones(2 * sides[0], sides[1], dtype=torch.bool)
+    pattern = Pattern.from_masks(mask, mask, sides)
+    assert pattern.fills_tiles == needed
+    assert torch.equal(pattern.column_walk, pattern.walk_by_columns()) if needed else pattern.column_walk is None
+
+
 @pytest.mark.parametrize(("in_features", "dtype"), [(2**15, torch.int16), (2**15 + 1, torch.int32)])
 def test_columns_take_16_bits_where_they_fit(in_features, dtype):
     mask = torch.zeros(1, in_features, dtype=torch.bool)

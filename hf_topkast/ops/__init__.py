@@ -112,7 +112,8 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
     if not torch.is_grad_enabled() and _runs_at_once(x) and _have_numbers(values, pattern.columns, bias):
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
-    return _linear(x, values, pattern.row_offsets, pattern.columns, bias, pattern.block_size, backend)
+    structure = pattern.row_offsets, pattern.columns, pattern.column_walk
+    return _linear(x, values, *structure, bias, pattern.block_size, backend)
 
 
 def runs_one_token(x: Tensor, in_features: int, backend: str) -> bool:
@@ -179,6 +180,7 @@ def _linear(
     values: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
+    column_walk: Tensor | None,
     bias: Tensor | None,
     block_size: Sequence[int],
     backend: str,
@@ -190,7 +192,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, values, row_offsets, columns, bias, block_size, backend):
+def _(x, values, row_offsets, columns, column_walk, bias, block_size, backend):
     return x.new_empty(*x.shape[:-1], _out_features(row_offsets, block_size))
 
 
@@ -204,16 +206,17 @@ def _linear_grad_input(
     values: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
+    column_walk: Tensor | None,
     in_features: int,
     block_size: Sequence[int],
     backend: str,
 ) -> Tensor:
-    pattern = Pattern(row_offsets, columns, (dy.shape[-1], in_features), tuple(block_size))
+    pattern = Pattern(row_offsets, columns, (dy.shape[-1], in_features), tuple(block_size), column_walk)
     return implementation(backend, "grad_input", dy, pattern).grad_input(dy, values, pattern)
 
 
 @_linear_grad_input.register_fake
-def _(dy, values, row_offsets, columns, in_features, block_size, backend):
+def _(dy, values, row_offsets, columns, column_walk, in_features, block_size, backend):
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
@@ -231,20 +234,21 @@ def _(dy, x, row_offsets, columns, block_size, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, row_offsets, columns, bias, block_size, backend = inputs
+    x, values, row_offsets, columns, column_walk, bias, block_size, backend = inputs
     # Only through save_for_backward: gradient checkpointing and compile drop and recompute what it holds.
-    ctx.save_for_backward(x, values, row_offsets, columns)
+    ctx.save_for_backward(x, values, row_offsets, columns, column_walk)
     ctx.has_bias = bias is not None
     ctx.settings = block_size, backend
 
 
 def _backward(ctx, dy):
-    x, values, *structure = ctx.saved_tensors
+    x, values, row_offsets, columns, column_walk = ctx.saved_tensors
+    structure = row_offsets, columns
     need_x, need_values, *_, need_bias, _, _ = ctx.needs_input_grad
-    dx = _linear_grad_input(dy, values, *structure, x.shape[-1], *ctx.settings) if need_x else None
+    dx = _linear_grad_input(dy, values, *structure, column_walk, x.shape[-1], *ctx.settings) if need_x else None
     dvalues = _linear_grad_values(dy, x, *structure, *ctx.settings) if need_values else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.has_bias and need_bias else None
-    return dx, dvalues, None, None, dbias, None, None
+    return dx, dvalues, None, None, None, dbias, None, None
 
 
 torch.library.register_autograd("hf_topkast::linear", _backward, setup_context=_setup_context)

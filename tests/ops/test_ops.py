@@ -151,8 +151,8 @@ def test_frozen_inputs_get_no_gradient():
 
 def test_registration_is_sound():
     _, _, pattern, values, x, bias = problem(torch.float32)
-    for given_bias in (bias, None):
-        case = (x, values, pattern.row_offsets, pattern.columns, given_bias, [1, 1], "reference")
+    for given_bias, walk in ((bias, pattern.walk_by_columns()), (None, None)):
+        case = (x, values, pattern.row_offsets, pattern.columns, walk, given_bias, [1, 1], "reference")
         result = torch.library.opcheck(torch.ops.hf_topkast.linear.default, case)
         assert set(result.values()) == {"SUCCESS"}
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import TopKastController, ops, sparsify
 from hf_topkast.ops import masked_linear, reference
-from hf_topkast.pattern import Pattern
+from hf_topkast.pattern import Pattern, spread_blocks
+from hf_topkast.selection import top_mask
 
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -153,11 +154,6 @@ def test_gradients_in_chunks(elements, block_size, monkeypatch):
     assert_products(case)
 
 
-def test_columns_of_more_blocks_than_a_tile(monkeypatch):
-    monkeypatch.setattr(block_sparse, "SEARCH_TILE", 2)
-    assert_products(problem((16 * 7, 16 * 5), 3, block_size=(16, 16)))
-
-
 @pytest.mark.parametrize("block_size", [(1, 1), (16, 32)])
 def test_float64_and_each_operand_of_its_own_dtype(block_size):
     alpha, pattern, values, bias, x, dy = problem(layer_shape(block_size), 5, block_size=block_size)
@@ -253,17 +249,6 @@ def test_no_two_programs_touch_what_one_of_them_writes(block_size, monkeypatch):
     assert len(launches) >= 3
 
 
-def test_the_walk_by_columns():
-    _, pattern, *_ = problem((16 * 9, 16 * 6), 1, block_size=(16, 16))
-    counts, rows, slots = block_sparse.transposed(pattern)
-    grid = pattern.active_mask()[::16, ::16]
-    assert torch.equal(counts, grid.sum(0).to(counts))
-    found = grid.nonzero().tolist()  # by rows, as the slots are
-    for column, count in enumerate(counts.tolist()):
-        want = [(row, slot) for slot, (row, other) in enumerate(found) if other == column]
-        assert list(zip(rows[column, :count].tolist(), slots[column, :count].tolist())) == want
-
-
 @pytest.mark.parametrize("block_size", [(1, 1), (16, 16)])
 def test_no_product_waits_for_the_device(block_size, monkeypatch):
     case = problem(layer_shape(block_size), 5, block_size=block_size)
@@ -336,6 +321,22 @@ def test_a_model_trains_as_with_the_reference(block_size):
     x = torch.randn(7, 48, device=DEVICE)
     for got, want in zip(train("triton"), train("reference")):
         torch.testing.assert_close(got, want)
+
+
+def test_a_layer_makes_its_walk_by_columns_at_refreshes_only(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64)).to(DEVICE)
+    sparsify(model, density=0.3, backward_density=0.5, block_size=16, target_modules=["0"], backend="triton")
+    layer, x = model[0], torch.randn(5, 96, device=DEVICE, requires_grad=True)
+    former = layer.column_walk.clone()
+    draw = torch.rand(4, 6, device=DEVICE)
+    active, backward = (spread_blocks(top_mask(draw, size), (16, 16)) for size in (7, 12))
+    layer.reassign(active, backward)
+    assert not torch.equal(layer.column_walk, former)
+    monkeypatch.setattr(Pattern, "walk_by_columns", None)
+    dy = torch.randn(5, 64, device=DEVICE)
+    (dx,) = torch.autograd.grad(layer(x), x, dy)
+    torch.testing.assert_close(dx, dy @ (layer.theta() * active))
 
 
 def test_a_gpu_gets_the_triton_kernels(monkeypatch):

@@ -4,8 +4,9 @@ The masked products on GPUs, in Triton: fp32, bf16 and fp16, sums in fp32.
 Blocks whose sides are multiples of 16 are multiplied as they are (`block_sparse.py`); any other pattern, and float64,
 goes through a dense α of one layer at a time (`expand.py`), which saves memory and no time.
 
-No product waits for the GPU, and none keeps anything between calls, so that a CUDA graph reads the pattern anew at
-each replay. With TRITON_INTERPRET=1, set before Triton is imported, the kernels run on the CPU in its interpreter.
+No product waits for the GPU, and none keeps anything between calls: what layers keep, and change in its place at
+refreshes, a CUDA graph reads anew at each replay. With TRITON_INTERPRET=1, set before Triton is imported, the kernels
+run on the CPU in its interpreter.
 """
 
 import torch
@@ -40,5 +41,4 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _kernels(x: Tensor, pattern: Pattern):
-    whole_tiles = all(side % block_sparse.GRAIN == 0 for side in pattern.block_size)
-    return block_sparse if whole_tiles and x.dtype != torch.float64 else expand
+    return block_sparse if pattern.fills_tiles and x.dtype != torch.float64 else expand

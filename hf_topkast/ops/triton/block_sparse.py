@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...pattern import Pattern
+from ...pattern import GRAIN, Pattern
 from .launch import INTERPRETED
 from .tiles import (
     GRADIENT_KEY,
@@ -24,9 +24,6 @@ from .tiles import (
 )
 
 
-# Sides of blocks are multiples of this, the least that a tensor core multiplies.
-GRAIN = 16
-SEARCH_TILE = 256
 WIDEN = tl.constexpr(INTERPRETED)
 
 
@@ -39,19 +36,19 @@ def _add_product(total, a, b, PRECISION: tl.constexpr):
 
 
 @triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY, prune_configs_by=without_spills("TILE_TOKENS"))
-@triton.jit(do_not_specialize=["scale"])
+# Lists that lie in one tensor begin anywhere.
+@triton.jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["begins", "features", "stored_at"])
 def _product_kernel(
     x,
     values,
     bias,
     y,
-    bounds,
+    begins,
     features,
-    slots,
+    stored_at,
     tokens,
     scale,
     lines,
-    capacity,
     x_features,
     TRANSPOSED: tl.constexpr,
     SIDE_N: tl.constexpr,
@@ -71,12 +68,8 @@ def _product_kernel(
     token = tl.program_id(0) // (lines * (SIDE_N // TILE_N)) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     present = token[:, None] < tokens
     x_lines = x + token[:, None].to(tl.int64) * x_features
-    if TRANSPOSED:
-        first = line * capacity
-        count = tl.load(bounds + line) * SIDE_K
-    else:
-        first = tl.load(bounds + line).to(tl.int32)
-        count = (tl.load(bounds + line + 1).to(tl.int32) - first) * SIDE_K
+    first = tl.load(begins + line).to(tl.int32)
+    count = (tl.load(begins + line + 1).to(tl.int32) - first) * SIDE_K
     total = tl.zeros((TILE_TOKENS, TILE_N), tl.float32)
     # The walk by columns, in 32 bits, goes through the pipeline too, which then keeps the operands half as far ahead.
     for start in tl.range(0, count, TILE_K, num_stages=STAGES + 2 * TRANSPOSED):
@@ -87,7 +80,7 @@ def _product_kernel(
         feature = tl.max_contiguous(tl.multiple_of(feature, ALIGNED), ALIGNED)
         inputs = tl.load(x_lines + feature[None, :], mask=present & exists[None, :], other=0)
         if TRANSPOSED:
-            block = tl.load(slots + entry, mask=exists, other=0).to(tl.int64) * (SIDE_N * SIDE_K)
+            block = tl.load(stored_at + entry, mask=exists, other=0).to(tl.int64) * (SIDE_N * SIDE_K)
             places = (block + k % SIDE_K * SIDE_N)[:, None] + n[None, :]
         else:
             block = entry.to(tl.int64) * (SIDE_N * SIDE_K)
@@ -98,30 +91,6 @@ def _product_kernel(
         total += tl.load(bias + line * SIDE_N + n).to(tl.float32)[None, :]
     y_lines = y + token[:, None].to(tl.int64) * (lines * SIDE_N)
     tl.store(y_lines + line * SIDE_N + n[None, :], total.to(y.dtype.element_ty), mask=present)
-
-
-@triton.jit
-def _transpose_kernel(row_offsets, columns, counts, rows, slots, height, STEPS: tl.constexpr, TILE: tl.constexpr):
-    """The blocks of A in one column: their number, rows and slots, found by a binary search in each row."""
-    column = tl.program_id(0)
-    found = 0
-    for start in range(0, height, TILE):
-        row = start + tl.arange(0, TILE)
-        low = tl.load(row_offsets + row, mask=row < height, other=0).to(tl.int32)
-        end = tl.load(row_offsets + row + 1, mask=row < height, other=0).to(tl.int32)
-        high = end
-        for _ in range(STEPS):
-            middle = (low + high) // 2
-            open_ = low < high
-            before = tl.load(columns + middle, mask=open_, other=0).to(tl.int32) < column
-            low = tl.where(open_ & before, middle + 1, low)
-            high = tl.where(open_ & (before == 0), middle, high)
-        hit = tl.load(columns + low, mask=low < end, other=-1).to(tl.int32) == column
-        place = column * height + found + tl.cumsum(hit.to(tl.int32)) - 1
-        tl.store(rows + place, row, mask=hit)
-        tl.store(slots + place, low, mask=hit)
-        found += tl.sum(hit.to(tl.int32))
-    tl.store(counts + column, found)
 
 
 @triton.autotune(configurations(GRADIENT_TILES), key=GRADIENT_KEY, prune_configs_by=without_spills("TILE_K"))
@@ -172,19 +141,23 @@ def _gradient_kernel(
 
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
     """y = x·αᵀ + b: (tokens, in) → (tokens, out)."""
-    height, width = pattern.block_size
-    columns = pattern.columns
-    return _multiply(x, values, bias, pattern.row_offsets, columns, columns, False, pattern.shape, (height, width))
+    rows = pattern.row_offsets, pattern.columns, None
+    return _multiply(x, values, bias, *rows, pattern.shape, pattern.block_size)
 
 
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """dX = dY·α: (tokens, out) → (tokens, in)."""
-    height, width = pattern.block_size
-    counts, rows, slots = transposed(pattern)
-    return _multiply(dy, values, None, counts, rows, slots, True, pattern.shape[::-1], (width, height))
+    walk = pattern.walk_by_columns() if pattern.column_walk is None else pattern.column_walk
+    columns, stored = pattern.shape[1] // pattern.block_size[1], pattern.columns.numel()
+    lists = walk.split([columns + 1, stored, stored])
+    return _multiply(dy, values, None, *lists, pattern.shape[::-1], pattern.block_size[::-1])
 
 
-def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block) -> Tensor:
+def _multiply(x, values, bias, begins, features, stored_at, shape, block) -> Tensor:
+    """
+    x·mᵀ + b, for m of a shape given line by line: where each begins in the list of features, counted in blocks, and in
+    that of the places of its blocks, or `None` if these are stored in the order of the list.
+    """
     (y_features, x_features), (side_n, side_k) = shape, block
     y = torch.empty(len(x), y_features, dtype=x.dtype, device=x.device)
     tile_n, lines = tile_of(side_n), y_features // side_n
@@ -198,15 +171,14 @@ def _multiply(x, values, bias, bounds, features, slots, transposed, shape, block
             values,
             bias,
             y,
-            bounds,
+            begins,
             features,
-            slots,
+            stored_at,
             len(x),
             scale_of(len(x)),
             lines,
-            x_features // side_k,
             x_features,
-            TRANSPOSED=transposed,
+            TRANSPOSED=stored_at is not None,
             SIDE_N=side_n,
             SIDE_K=side_k,
             PRECISION=precision(),
@@ -241,24 +213,6 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         TILE_N=tile_n,
     )
     return gradient
-
-
-def transposed(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    A by columns: how many blocks stand in each, and their rows and slots.
-
-    It is made anew at each call, by a kernel that is small beside the product: a copy kept between calls would be out
-    of date where a CUDA graph is replayed after a refresh.
-
-    Returns:
-        `tuple`: int32, (columns of blocks,), and twice (columns, rows), of which a column's first `count` are filled.
-    """
-    height, width = (size // side for size, side in zip(pattern.shape, pattern.block_size))
-    lists = torch.empty(2, width, height, dtype=torch.int32, device=pattern.columns.device)
-    counts = torch.empty(width, dtype=torch.int32, device=lists.device)
-    arrays = pattern.row_offsets, pattern.columns, counts, *lists
-    _transpose_kernel[(width,)](*arrays, height, STEPS=width.bit_length(), TILE=SEARCH_TILE)
-    return counts, *lists
 
 
 def precision() -> str:
