@@ -32,6 +32,14 @@ def make_model(request):
 
 
 @pytest.fixture
+def threads():
+    """Sets torch's number of threads, for this test only."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def shared_data() -> Path:
     """The folder of real data beside the project; skips the test where there is none."""
     folder = Path(__file__).parents[2] / "shared" / "data"

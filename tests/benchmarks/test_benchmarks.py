@@ -12,6 +12,8 @@ import torch
 from benchmarks import fine_tuning, generate, kernels, largest, measure, memory, peers, scaling, step_time, training
 
 
+pytestmark = pytest.mark.usefixtures("threads")  # benchmarks set their number
+
 TINY = ["--width", "16", "--layers", "1", "--vocabulary", "16"]
 RUNS = {
     largest: ["--width", "16", "--vocabulary", "16", "--context", "8", "--batch", "1", "--mib", "1"],

@@ -23,14 +23,6 @@ def isa(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads, for this test only."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def problem(shape, tokens, shares=(0.1, 0.2), dtype=torch.float32, seed=0, block_size=(1, 1)):
     """α, pattern, values, bias, x and dY; row 0 (of blocks) is empty, row 1 full, where there are more."""
     generator = torch.Generator().manual_seed(seed)
