@@ -3,11 +3,12 @@
 import copy
 import json
 import math
-import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checks import check, check_regex, number, parsed, whole
 
 
 QUANT_METHOD = "topkast"
@@ -164,56 +165,56 @@ class TopKastConfig(QuantizationConfigMixin):
     def __post_init__(self):
         self._check_densities()
         allowed = "a whole number of optimizer steps, at least 1"
-        _check(_whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
+        check(whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
         allowed = f"a whole number of optimizer steps, at least 0 and less than refresh_every={self.refresh_every}"
-        _check(0 <= _whole(self.refresh_lag) < self.refresh_every, "refresh_lag", self.refresh_lag, allowed)
+        check(0 <= whole(self.refresh_lag) < self.refresh_every, "refresh_lag", self.refresh_lag, allowed)
         self._check_moment("explore_until")
         self._check_schedule()
         self._check_overrides()
         for name in ("penalty", "exploration_lr_scale"):
             value = getattr(self, name)
-            _check(0 <= _number(value) < math.inf, name, value, "a finite number, at least 0")
+            check(0 <= number(value) < math.inf, name, value, "a finite number, at least 0")
         for spec in fields(self):
             choices = spec.metadata.get("choices")
             value = getattr(self, spec.name)
             if choices and (value is not None or spec.default is not None):
-                _check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
+                check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
         self._check_block_size()
         for name in ("target_modules", "exclude_modules"):
             self._check_module_rule(name)
 
     def _check_densities(self):
         if isinstance(self.density, str) and self.density != "nonzero":
-            self.density = _parsed(self.density, float)  # from the command line
+            self.density = parsed(self.density, float)  # from the command line
         if self.density == "nonzero":
             least = 0
             allowed = "'uniform' with density='nonzero': the zeros say how dense each layer is"
-            _check(self.distribution == "uniform", "distribution", self.distribution, allowed)
+            check(self.distribution == "uniform", "distribution", self.distribution, allowed)
         else:
-            _check(0 < _number(self.density) <= 1, "density", self.density, "a number in (0, 1], or 'nonzero'")
+            check(0 < number(self.density) <= 1, "density", self.density, "a number in (0, 1], or 'nonzero'")
             least = self.density
             if self.backward_density is None:
                 self.backward_density = self.density if self.method == "static" else min(1.0, 2 * self.density)
         if self.backward_density is not None:
             allowed = f"a number in [density, 1] = [{least}, 1]: B contains A"
-            _check(least <= _number(self.backward_density) <= 1, "backward_density", self.backward_density, allowed)
+            check(least <= number(self.backward_density) <= 1, "backward_density", self.backward_density, allowed)
 
     def _check_moment(self, name: str):
         value = getattr(self, name)
         if value is not None:
             allowed = "a fraction of training in [0, 1], a step (a whole number above 1), or None"
-            _check(0 <= _number(value) <= 1 or _whole(value) > 1, name, value, allowed)
+            check(0 <= number(value) <= 1 or whole(value) > 1, name, value, allowed)
 
     def _check_schedule(self):
         defaults = {"density_schedule": "cubic", "schedule_begin": 0.0, "schedule_end": 0.5}
         if self.initial_density is None:
             for name in defaults:
                 value = getattr(self, name)
-                _check(value is None, name, value, "left out where initial_density is not given: no density changes")
+                check(value is None, name, value, "left out where initial_density is not given: no density changes")
             return
-        _check(0 < _number(self.initial_density) <= 1, "initial_density", self.initial_density, "a number in (0, 1]")
+        check(0 < number(self.initial_density) <= 1, "initial_density", self.initial_density, "a number in (0, 1]")
         allowed = "left out with density='nonzero' and with method='static': those keep their sizes"
-        _check(self.density != "nonzero" and self.method != "static", "initial_density", self.initial_density, allowed)
+        check(self.density != "nonzero" and self.method != "static", "initial_density", self.initial_density, allowed)
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -221,39 +222,39 @@ class TopKastConfig(QuantizationConfigMixin):
             self._check_moment(name)
         if (self.schedule_begin > 1) == (self.schedule_end > 1):  # else only the number of steps can tell
             allowed = f"below schedule_end={self.schedule_end!r}"
-            _check(self.schedule_begin < self.schedule_end, "schedule_begin", self.schedule_begin, allowed)
+            check(self.schedule_begin < self.schedule_end, "schedule_begin", self.schedule_begin, allowed)
 
     def _check_overrides(self):
         if isinstance(self.density_overrides, str):
-            self.density_overrides = _parsed(self.density_overrides, json.loads)
+            self.density_overrides = parsed(self.density_overrides, json.loads)
         overrides = self.density_overrides
         if overrides is None:
             return
         allowed = "a mapping of regular expressions to densities in (0, 1]"
         valid = isinstance(overrides, dict) and all(
-            isinstance(key, str) and 0 < _number(value) <= 1 for key, value in overrides.items()
+            isinstance(key, str) and 0 < number(value) <= 1 for key, value in overrides.items()
         )
-        _check(valid, "density_overrides", overrides, allowed)
+        check(valid, "density_overrides", overrides, allowed)
         for pattern in overrides:
-            _check_regex("density_overrides", pattern)
+            check_regex("density_overrides", pattern)
         allowed = "left out with density='nonzero': the zeros say how dense each layer is"
-        _check(self.density != "nonzero", "density_overrides", overrides, allowed)
+        check(self.density != "nonzero", "density_overrides", overrides, allowed)
 
     def _check_block_size(self):
         size = [1] if self.block_size is None else self.block_size
         size = list(size) if isinstance(size, list | tuple) else [size]
-        valid = len(size) in (1, 2) and all(_whole(side) >= 1 for side in size)
+        valid = len(size) in (1, 2) and all(whole(side) >= 1 for side in size)
         allowed = "one or two whole numbers, at least 1: the rows and columns of a block"
-        _check(valid, "block_size", self.block_size, allowed)
+        check(valid, "block_size", self.block_size, allowed)
         self.block_size = [int(size[0]), int(size[-1])]
 
     def _check_module_rule(self, name: str):
         rule = getattr(self, name)
         if isinstance(rule, str):
-            _check_regex(name, rule)
+            check_regex(name, rule)
         elif rule is not None:
             names = isinstance(rule, list | tuple | set) and all(isinstance(entry, str) for entry in rule)
-            _check(names, name, rule, "a list of module names, one regular expression, or None")
+            check(names, name, rule, "a list of module names, one regular expression, or None")
             rule = sorted(rule) if isinstance(rule, set) else list(rule)
             # The command line gives lists only, so the one keyword arrives as a list of one.
             setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
@@ -281,36 +282,3 @@ class TopKastConfig(QuantizationConfigMixin):
         settings.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
         config = cls(**settings)
         return (config, kwargs) if return_unused_kwargs else config
-
-
-def _number(value: Any) -> float:
-    """The value if it is a number, else NaN, which no range contains."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _whole(value: Any) -> float:
-    """The value if it is a finite whole number, else NaN."""
-    number = _number(value)
-    return number if math.isfinite(number) and number == int(number) else math.nan
-
-
-def _parsed(text: str, parse) -> Any:
-    """What the command line's text stands for, or the text itself, which the field's check then refuses."""
-    try:
-        return parse(text)
-    except ValueError:
-        return text
-
-
-def _check_regex(name: str, pattern: str):
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{name}={pattern!r} is not a regular expression ({error}); a list of names is matched by suffix."
-        ) from error
-
-
-def _check(valid: bool, name: str, value: Any, allowed: str):
-    if not valid:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")

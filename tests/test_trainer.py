@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from hf_topkast import (
     CheckpointError,
-    TopKastCallback,
     TopKastConfig,
     TopKastController,
     TopKastTrainer,
@@ -23,9 +22,9 @@ from hf_topkast import (
     sparsify,
 )
 from hf_topkast.ahead import unpacked
+from hf_topkast.callback import AHEAD_NAME
 from hf_topkast.checkpoint import STATE_NAME
 from hf_topkast.surgery import sparse_layers
-from hf_topkast.trainer import AHEAD_NAME
 
 
 CONFIG = TopKastConfig(density=0.2, refresh_every=3, penalty=1e-3)
@@ -302,34 +301,6 @@ def test_resume_of_a_model_sparse_in_a_part(tmp_path):
     assert same_weights(straight.model, resumed.model)
 
 
-def test_a_plain_trainers_loggers_get_the_metrics(tmp_path):
-    class Logger(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append(dict(logs))
-
-    seen = []
-    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback(), Logger()], max_steps=3)
-    trainer.train()
-    with_loss = [logs for logs in seen if "loss" in logs]
-    assert len(with_loss) == 3
-    assert all(logs["topkast/density"] == pytest.approx(0.2, abs=1e-3) for logs in with_loss)
-    assert not any("topkast/density" in logs for logs in seen if "loss" not in logs)
-
-
-def test_stock_trainer_cannot_resume_silently(tmp_path):
-    checkpoint = checkpointed(tmp_path)
-    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
-    with pytest.raises(RuntimeError, match="is sparse, but the state dict holds a dense"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_callback_in_a_stock_trainer(tmp_path):
-    mine, stock = make_trainer(tmp_path), make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
-    mine.train()
-    stock.train()
-    assert same_weights(mine.model, stock.model)
-
-
 def test_mixin_on_another_trainer(tmp_path):
     class Other(Trainer):
         def compute_loss(self, *args, **kwargs):
@@ -423,14 +394,6 @@ def test_training_on_from_the_best_model(tmp_path):
     trainer.train()
     for _, layer in sparse_layers(trainer.model):
         assert torch.isfinite(layer.values).all()
-
-
-def test_only_one_callback(tmp_path):
-    trainer = make_trainer(tmp_path, callbacks=[TopKastCallback()])
-    trainer.train()
-    other = make_trainer(tmp_path)
-    other.train()
-    assert same_weights(trainer.model, other.model)
 
 
 def test_own_optimizer_loses_its_decay_of_values(tmp_path):
