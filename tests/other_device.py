@@ -1,0 +1,97 @@
+"""
+A device that is not there: tensors that say they are on it, are computed on the CPU, and refuse to meet those of the
+CPU. So what a GPU would refuse, and what would make the host wait for it, shows without one.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hf_topkast import ops
+
+
+NAME = "lazy"  # torch knows it, has nothing behind it, and runs its gradients in the caller's thread
+COPIES = ("aten::_to_copy", "aten::copy_")
+READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")  # of which the host waits for the result
+
+
+class Elsewhere(Tensor):
+    """A tensor on the other device; `numbers` has what it holds."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor):
+        layout = {"strides": numbers.stride(), "storage_offset": numbers.storage_offset(), "dtype": numbers.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, device=torch.device(NAME, 0), **layout)
+
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"{function} outside of `with OtherDevice()`")
+
+    @property
+    def data(self) -> Tensor:
+        """As `Tensor.data`, which knows of no `numbers`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor):
+        Tensor.data.__set__(self, new)
+        self.numbers = new.numbers
+
+    def tolist(self) -> list:
+        """As `Tensor.tolist`, which refuses subclasses."""
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"Elsewhere({self.numbers})"
+
+
+class OtherDevice(TorchDispatchMode):
+    """
+    While it is active, `device="lazy"` is a device.
+
+    Attributes:
+        reads (`list[str]`): the operations that made the host wait.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function._schema.name
+        if name.startswith("hf_topkast::"):  # ours, of which each operation counts
+            with self:
+                return getattr(ops, name.replace("hf_topkast::", "_"))._init_fn(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        elsewhere = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+        strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]
+        if elsewhere and strangers and name not in COPIES:
+            raise RuntimeError(f"{name} on two devices: {[(type(one).__name__, tuple(one.shape)) for one in tensors]}")
+        to_host = elsewhere and name == "aten::copy_" and not isinstance(args[0], Elsewhere)
+        device = kwargs.get("device")
+        if device is not None:
+            to_host = elsewhere and torch.device(device).type != NAME
+            elsewhere = torch.device(device).type == NAME
+            kwargs = {**kwargs, "device": torch.device("cpu") if elsewhere else device}
+        if to_host or (elsewhere and name in READS):
+            self.reads.append(name)
+        result = function(*tree_map(numbers, args), **tree_map(numbers, kwargs))
+        if function._schema.is_mutable and isinstance(result, Tensor):
+            return kwargs.get("out", args[0])
+        return tree_map(wrapped, result) if elsewhere else result
+
+
+def numbers(value):
+    """What a tensor of the other device holds; anything else as it is."""
+    return value.numbers if isinstance(value, Elsewhere) else value
+
+
+def wrapped(value):
+    """A tensor as one of the other device; anything else as it is."""
+    return Elsewhere(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,111 @@
+"""Training on a device that is not there: none of its tensors meets one of the CPU, and no step waits for it."""
+
+import importlib
+
+import pytest
+import torch
+from other_device import NAME, OtherDevice, numbers
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+from hf_topkast import TopKastController, sparsify, sparsity_report
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    """The other device, for a `with` statement."""
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != NAME and enabled(kind))
+    # A parameter of an ordinary tensor cannot become one of the other device in its place.
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with torch.autograd.set_multithreading_enabled(False):
+        yield OtherDevice()
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has Triton's interpreter take tensors of the other device, and refuse others."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    if not importlib.import_module("hf_topkast.ops.triton.launch").INTERPRETED:
+        pytest.skip("Triton compiles for a GPU here")
+    run = interpreter.InterpretedFunction.run
+
+    def launch(self, *args, **kwargs):
+        assert not any(type(one) in (torch.Tensor, nn.Parameter) for one in args)
+        with _disable_current_modes():
+            return run(self, *map(numbers, args), **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
+
+
+def train(device: str, backend: str, late: bool = False, **settings) -> tuple[list[torch.Tensor], list[bool]]:
+    """θ of two sparse layers and the last dX after some steps, and which of the steps made the host wait."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 48))
+    densities = {"density": 0.3, "backward_density": 0.5, "refresh_every": 2}
+    if late:
+        sparsify(model, target_modules=["0", "2"], backend=backend, **densities, **settings).to(device)
+    else:
+        sparsify(model.to(device), target_modules=["0", "2"], backend=backend, **densities, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = TopKastController(model, optimizer)
+    mode, waits = _get_current_dispatch_mode(), []
+    for _ in range(5):
+        x = torch.randn(7, 96).to(device).requires_grad_()
+        before = mode and len(mode.reads)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        waits.append(mode is not None and len(mode.reads) > before)
+    assert controller.mask_churn > 0
+    assert controller.metrics()["topkast/density"] == sparsity_report(model).density
+    model.load_state_dict(model.state_dict())
+    return [numbers(one) for one in (model[0].theta(), model[2].theta(), x.grad)], waits
+
+
+def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]):
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reservoir_device": "cpu"},
+        {"reservoir_device": "disk"},
+        {"block_size": 16},
+        {"distribution": "global"},
+        {"explore_until": 3},
+        {"distribution": "erdos_renyi", "density_overrides": {"2": 0.4}},
+        {"penalty": 0.1, "penalty_mode": "decoupled"},
+        {"new_state": "mean", "exploration_lr_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_training_elsewhere_is_that_on_the_cpu(other_device, settings, late):
+    with other_device:
+        got, _ = train(NAME, "reference", late, **settings)
+    assert_same(got, train("cpu", "reference", late, **settings)[0])
+
+
+@pytest.mark.parametrize("block_size", [1, [4, 2], 16, [16, 32]], ids=str)
+def test_only_refreshes_make_the_host_wait(other_device, kernels, block_size):
+    with other_device:
+        got, waits = train(NAME, "triton", block_size=block_size)
+    assert_same(got, train("cpu", "reference", block_size=block_size)[0])
+    assert waits == [False, True, False, True, False]
+
+
+def test_mixed_devices_are_noticed(other_device):
+    with other_device:
+        model = nn.Linear(4, 3).to(NAME)
+        with pytest.raises(RuntimeError, match="on two devices"):
+            model(torch.ones(2, 4))
+        total = model(torch.ones(2, 4).to(NAME)).sum().detach()
+        assert other_device.reads == []
+        float(total), total.to("cpu"), torch.empty(()).copy_(total)
+    assert len(other_device.reads) == 3
