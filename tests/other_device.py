@@ -13,7 +13,8 @@ from hf_topkast import ops
 
 NAME = "lazy"  # torch knows it, has nothing behind it, and runs its gradients in the caller's thread
 COPIES = ("aten::_to_copy", "aten::copy_")
-READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")  # of which the host waits for the result
+# Of their results the host waits.
+READS = tuple(f"aten::{name}" for name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"))
 
 
 class Elsewhere(Tensor):
