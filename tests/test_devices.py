@@ -1,6 +1,7 @@
 """Training on a device that is not there: none of its tensors meets one of the CPU, and no step waits for it."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
+from hf_topkast.layers import TopKastLinear
+from hf_topkast.pattern import spread_blocks
+from hf_topkast.selection import set_size, top_mask
 
 
 @pytest.fixture
@@ -25,8 +29,8 @@ def other_device(monkeypatch):
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    """Has Triton's interpreter take tensors of the other device, and refuse others."""
+def kernels(other_device, monkeypatch):
+    """Has Triton's interpreter run on the other device, and refuse tensors of the CPU."""
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
     if not importlib.import_module("hf_topkast.ops.triton.launch").INTERPRETED:
         pytest.skip("Triton compiles for a GPU here")
@@ -34,8 +38,10 @@ def kernels(monkeypatch):
 
     def launch(self, *args, **kwargs):
         assert not any(type(one) in (torch.Tensor, nn.Parameter) for one in args)
+        kernel = partial(run, self, *map(numbers, args), **kwargs)
+        other_device.launches.append(kernel)
         with _disable_current_modes():
-            return run(self, *map(numbers, args), **kwargs)
+            return kernel()
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", launch)
 
@@ -98,6 +104,42 @@ def test_only_refreshes_make_the_host_wait(other_device, kernels, block_size):
         got, waits = train(NAME, "triton", block_size=block_size)
     assert_same(got, train("cpu", "reference", block_size=block_size)[0])
     assert waits == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("change", ["refresh", "load"])
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_what_a_graph_would_replay_follows_the_sets(other_device, kernels, block_size, change):
+    def sets(seed):
+        scores = torch.rand(64 // block_size, 96 // block_size, generator=torch.Generator().manual_seed(seed))
+        masks = (top_mask(scores, set_size(scores.numel(), share)) for share in (0.3, 0.5))
+        return [spread_blocks(mask, (block_size, block_size)) for mask in masks]
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return TopKastLinear(nn.Linear(96, 64), *sets(seed), "triton", block_size=(block_size, block_size)).to(NAME)
+
+    with other_device:
+        layer, other = make(0), make(1)
+        x, dy = torch.randn(40, 96).to(NAME).requires_grad_(), torch.randn(40, 64).to(NAME)
+
+        def step():
+            y = layer(x)
+            return [y.detach(), *torch.autograd.grad(y, (x, layer.values), dy)]
+
+        reads = len(other_device.reads)
+        other_device.launches.clear()
+        captured, graph = step(), list(other_device.launches)
+        assert len(other_device.reads) == reads  # no graph can have those
+        before = [numbers(one).clone() for one in captured]
+        if change == "refresh":
+            layer.reassign(*(mask.to(NAME) for mask in sets(1)))
+        else:
+            layer.load_state_dict(other.state_dict())
+        for launch in graph:
+            launch()
+        for replayed, now, then in zip(captured, step(), before, strict=True):
+            torch.testing.assert_close(numbers(replayed), numbers(now))
+            assert not torch.equal(numbers(now), then)
 
 
 def test_mixed_devices_are_noticed(other_device):
