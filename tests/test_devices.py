@@ -140,6 +140,8 @@ def test_what_a_graph_would_replay_follows_the_sets(other_device, kernels, block
         for replayed, now, then in zip(captured, step(), before, strict=True):
             torch.testing.assert_close(numbers(replayed), numbers(now))
             assert not torch.equal(numbers(now), then)
+        alpha = layer.theta() * layer.active_mask
+        torch.testing.assert_close(numbers(captured[1]), numbers(dy @ alpha))
 
 
 def test_mixed_devices_are_noticed(other_device):
