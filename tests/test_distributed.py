@@ -42,6 +42,12 @@ def test_two_ranks_equal_one_process(one_process, tmp_path, engine):
     check_same(one_process, outcome(tmp_path, 2, engine))
 
 
+def test_a_decoupled_penalty_under_fsdp(tmp_path):
+    config = {"penalty_mode": "decoupled", "penalty": 2.0}
+    one_process = outcome(tmp_path / "one", 1, config=config)
+    check_same(one_process, outcome(tmp_path / "two", 2, "fsdp", config=config))
+
+
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory):
     """Where two ranks wrote what they found in plain loops under DDP."""
