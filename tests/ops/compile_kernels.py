@@ -1,61 +1,98 @@
 """
-Compiles the Triton kernels for GPUs that need not be there, and prints their assembly as JSON. Not interpreted.
+Runs the products as on a GPU that need not be there: Triton chooses, compiles and loads their kernels, and launches
+none. Prints what it loaded, as JSON. Not interpreted.
 
     python tests/ops/compile_kernels.py 90
 """
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
-import triton
+import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from hf_topkast.ops.triton import block_sparse, expand
-
-
-LISTS = ("begins", "features", "stored_at")
-INDICES = {"row_offsets": "*i32", "columns": "*i16", **dict.fromkeys(LISTS, "*i32")}
+from hf_topkast.ops import triton as products
+from hf_topkast.pattern import Pattern, spread_blocks
 
 
-def assembly(kernel, capability: int, number: str, constants: dict, **options) -> str:
-    """PTX of a kernel for pointers to numbers of one dtype, aligned as torch's are, and lists that begin anywhere."""
-    kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        pointer = name in ("x", "dy", "y", "values", "bias", "gradient", "alpha", "dense")
-        signature[name] = f"*{number}" if pointer else INDICES.get(name, "i32")
-        if name not in LISTS and (signature[name].startswith("*") or name.endswith("_features")):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=places, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+MAX_SHARED = 232_448  # bytes, at compute capability 9.0
+TOKENS, OUT, IN = 100, 256, 512
 
 
-def compile_all(capability: int, number: str, precision: str) -> dict[str, str]:
-    """PTX of every kernel, by name; blocks are 32 × 64."""
-    options = {"num_warps": 4}
-    tiles = {"TILE_TOKENS": 64, "TILE_K": 64, "TILE_N": 32, "STAGES": 3, "PRECISION": precision}
-    forward = {"TRANSPOSED": False, "stored_at": None, "SIDE_N": 32, "SIDE_K": 64, "ALIGNED": 16, **tiles}
-    backward = {**forward, "TRANSPOSED": True, "bias": None}
-    del backward["stored_at"]
-    single = {"HEIGHT": 1, "WIDTH": 1, "TILE": 1024}
-    kernels = {
-        "forward": (block_sparse._product_kernel, forward, options),
-        "grad_input": (block_sparse._product_kernel, backward, options),
-        "grad_values": (block_sparse._gradient_kernel, {"HEIGHT": 32, "WIDTH": 64, **tiles}, options),
-        "expand": (expand._expand_kernel, single, {}),
-        "gather": (expand._gather_kernel, single, {}),
+class CompilingDriver:
+    """What Triton asks of a GPU before it launches; a launch does nothing."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": MAX_SHARED},
+        load_binary=lambda name, kernel, shared, device: (object(), object(), 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+
+    def __init__(self, capability: int):
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_benchmarker(self):
+        def launch_once(call, quantiles):
+            call()
+            return [1.0] * len(quantiles)
+
+        return launch_once
+
+    def launcher_cls(self, src, metadata):
+        return lambda *arguments: None
+
+
+def pattern_of(block_size: tuple[int, int], seed: int) -> Pattern:
+    """Random sets; their sizes differ from seed to seed."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(OUT // block_size[0], IN // block_size[1], generator=generator)
+    return Pattern.from_masks(*(spread_blocks(scores < share, block_size) for share in (0.2, 0.4)), block_size)
+
+
+def run_products(pattern: Pattern, dtype: torch.dtype, loaded: list[str]) -> dict[str, list[str]]:
+    """PTX of the kernels that each product loads; `loaded` is where they appear."""
+    x, dy = torch.zeros(TOKENS, IN, dtype=dtype), torch.zeros(TOKENS, OUT, dtype=dtype)
+    values, bias = torch.zeros(pattern.stored), torch.zeros(OUT)
+    calls = {
+        "forward": lambda: products.forward(x, values, pattern, bias),
+        "grad_input": lambda: products.grad_input(dy, values, pattern),
+        "grad_values": lambda: products.grad_values(dy, x, pattern),
     }
-    return {
-        name: assembly(kernel, capability, number, constants, **options)
-        for name, (kernel, constants, options) in kernels.items()
-    }
+    found = {}
+    for name, call in calls.items():
+        call()
+        found[name] = loaded[:]
+        loaded.clear()
+    return found
+
+
+def main(capability: int):
+    loaded = []
+
+    def note(module, function, name, files, key):
+        loaded.extend(Path(path).read_text() for path in files.values() if path.endswith(".ptx"))
+
+    driver.set_active(CompilingDriver(capability))
+    knobs.runtime.kernel_load_end_hook = note
+    products.launch.INTERPRETED = True  # so tensors of the CPU pass for a GPU's
+    torch.set_float32_matmul_precision("high")
+    found = {}
+    for kind, dtype in {"bf16": torch.bfloat16, "tf32": torch.float32}.items():
+        for form, block_size in {"blocks": (16, 32), "single": (1, 1)}.items():
+            found[f"{kind} {form}"] = run_products(pattern_of(block_size, 0), dtype, loaded)
+            found[f"{kind} {form} refreshed"] = run_products(pattern_of(block_size, 1), dtype, loaded)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    cases = {"bf16": ("bf16", "ieee"), "tf32": ("fp32", "tf32")}
-    print(json.dumps({name: compile_all(int(sys.argv[1]), *case) for name, case in cases.items()}))
+    main(int(sys.argv[1]))

@@ -365,16 +365,36 @@ def test_tf32_only_where_torch_allows_it(precision, dot):
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_kernels_compile_for_gpus(tmp_path):
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
     # The interpreter runs what the compiler refuses, and the other way about.
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), "90"]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    kernels = json.loads(done.stdout.splitlines()[-1])
-    for name in ("forward", "grad_input", "grad_values"):
-        for kind, unit in {"bf16": "f32.bf16.bf16", "tf32": "f32.tf32.tf32"}.items():
-            assert unit in kernels[kind][name]  # on tensor cores
-        assert "wgmma" in kernels["bf16"][name]  # by four warps together, straight from shared memory
-        assert "cp.async" in kernels["bf16"][name]  # loads run ahead of the products
-    _, _, after_zeros = kernels["bf16"]["expand"].partition("st.global")
-    assert "bar.sync" in after_zeros.partition("ld.global")[0]  # before the weights that overwrite them are read
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind, unit", [("bf16", "f32.bf16.bf16"), ("tf32", "f32.tf32.tf32")])
+def test_every_tile_of_blocks_fits_a_gpu_and_uses_its_tensor_cores(loaded, kind, unit):
+    for name, kernels in loaded[f"{kind} blocks"].items():
+        choice = tiles.GRADIENT_TILES if name == "grad_values" else tiles.PRODUCT_TILES
+        assert len(kernels) == len(choice)
+        for (tokens, *_), kernel in zip(choice, kernels):
+            assert unit in kernel
+            assert "cp.async" in kernel  # loads run ahead of the products
+            if tokens >= 64:
+                assert "wgmma" in kernel  # by four warps together, straight from shared memory
+
+
+def test_zeros_are_written_before_the_weights_over_them(loaded):
+    (expand,) = loaded["bf16 single"]["forward"]
+    assert loaded["bf16 single"]["grad_input"] == []  # the same
+    _, _, after_zeros = expand.partition("st.global")
+    assert "bar.sync" in after_zeros.partition("ld.global")[0]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tf32"])
+@pytest.mark.parametrize("form", ["blocks", "single"])
+def test_other_sets_compile_and_tune_nothing(loaded, kind, form):
+    assert loaded[f"{kind} {form}"]["grad_values"]
+    assert loaded[f"{kind} {form} refreshed"] == {"forward": [], "grad_input": [], "grad_values": []}
