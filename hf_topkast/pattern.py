@@ -107,12 +107,11 @@ class Pattern(NamedTuple):
     def walk_by_columns(self) -> Tensor:
         """
         The blocks of A column by column, as products by αᵀ on tensor cores need them: a CSC index of values that stay
-        where they are. Making it does not wait for the device, so it has room for all of B.
+        where they are. It has room for all of B, so that its size does not depend on |A|.
 
         Returns:
             `torch.Tensor`: int32, (columns + 1 + 2·blocks,), one after the other: where in the two lists each column
-            begins, with their end; the rows of the blocks; their places among the blocks stored. Behind those of A,
-            the lists hold those of B\\A.
+            begins, with their end; the rows of the blocks; their places among the blocks stored.
         """
         rows, columns = (size // side for size, side in zip(self.shape, self.block_size))
         places = torch.arange(self.columns.numel(), dtype=self.row_offsets.dtype, device=self.columns.device)
@@ -120,7 +119,7 @@ class Pattern(NamedTuple):
         keys = torch.where(lines < rows, self.columns.int(), columns)
         keys, order = keys.sort(stable=True)
         begins = torch.searchsorted(keys, torch.arange(columns + 1, dtype=keys.dtype, device=keys.device))
-        return torch.cat([begins, lines[order] % rows, order]).int()
+        return torch.cat([begins, lines[order], order]).int()
 
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .column_walk import ColumnWalk
 from .distributed import SHARDS_INTEGERS, full, is_sharded, local, part_of, shard_like
+from .in_place import rewrite
 from .pattern import Pattern, pack_bits, slot_sources
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
 
@@ -29,7 +31,7 @@ class Moment(NamedTuple):
         return assemble_theta(self.values, self.pattern, self.reservoir)
 
 
-class SparseStorage(nn.Module):
+class SparseStorage(ColumnWalk):
     """
     What both sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
 
@@ -37,9 +39,6 @@ class SparseStorage(nn.Module):
         values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
             life.
         row_offsets, columns (`torch.Tensor`): the buffers behind `pattern`.
-        column_walk (`torch.Tensor`, *optional*): what dX on a GPU needs beside them for blocks that fill the tiles of
-            tensor cores, see [`Pattern.walk_by_columns`]. Made from them whenever they change, and not saved; so
-            change them by `reassign` or `load_state_dict` only.
         reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
             Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
@@ -67,7 +66,7 @@ class SparseStorage(nn.Module):
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         for name in STRUCTURE:
             self.register_buffer(name, getattr(pattern, name))
-        self.register_buffer("column_walk", pattern.column_walk, persistent=False)
+        self._begin_walk(pattern.column_walk)
         reservoir = take_reservoir(theta, backward)
         if reservoir_device == "same":
             self.register_buffer("reservoir", reservoir)
@@ -82,7 +81,7 @@ class SparseStorage(nn.Module):
         return self._pattern(full(self.columns))
 
     def _pattern(self, columns: Tensor) -> Pattern:
-        return Pattern(self.row_offsets, columns, self.shape, self.block_size, self.column_walk)
+        return Pattern(self.row_offsets, columns, self.shape, self.block_size, self._current_walk())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,35 +169,20 @@ class SparseStorage(nn.Module):
     def _rests_elsewhere(self) -> bool:
         return self.reservoir_device != "same"
 
-    def _keep_walk(self, walk: Tensor):
-        """In the place of the former one, where a CUDA graph goes on reading."""
-        if walk.device == self.column_walk.device:
-            self._write("column_walk", walk)
-        else:  # after a load with `assign=True`
-            self.column_walk = walk
-
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
-        if current.shape == new.shape:
+        same_size = current.shape == new.shape
+        if is_sharded(current) and same_size:
             local(current).copy_(part_of(new, current))
         elif is_sharded(current):
             raise RuntimeError(
                 f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
                 f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
             )
-        elif name == "reservoir" and self._rests_elsewhere:
+        elif name == "reservoir" and self._rests_elsewhere and not same_size:
             self.reservoir = put_to_rest(new, self.reservoir_device)
-        else:  # the same tensor object, so that optimizers and hooks keep hold of it
-            new = new.to(current)
-            # A loss of the last step that is still referenced keeps autograd's accumulator of the former size alive;
-            # only a change of dtype makes torch drop it.
-            current.data = current.new_empty(0, dtype=torch.float64 if new.dtype != torch.float64 else torch.float32)
-            current.data = new
-            # Up to torch 2.11 a compiled model looks at a module's tensors again only if their dictionary has changed.
-            for tensors in (self._parameters, self._buffers):
-                unchanged = dict(tensors)
-                tensors.clear()
-                tensors.update(unchanged)
+        else:
+            rewrite(self, name, new)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -231,8 +215,8 @@ class SparseStorage(nn.Module):
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.column_walk is not None:
-            self._keep_walk(self.pattern.walk_by_columns())
+        if self.column_walk is not None and any(prefix + name in state_dict for name in STRUCTURE):
+            self._make_walk(metadata.get("assign_to_params_buffers", False))
         self.assignments += 1
         if self._rests_elsewhere:  # no buffer, so torch does not know the key
             key = f"{prefix}reservoir"

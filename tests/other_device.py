@@ -16,8 +16,9 @@ from hf_topkast import ops
 
 NAME = "lazy"  # torch knows it, has nothing behind it, and runs its gradients in the caller's thread
 COPIES = ("aten::_to_copy", "aten::copy_")
-# Of their results the host waits.
-READS = tuple(f"aten::{name}" for name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero"))
+# The host waits for what they find: a number, or how large the result is.
+FINDING = "_local_scalar_dense equal allclose nonzero masked_select _unique2 unique_dim unique_consecutive bincount"
+READS = {f"aten::{name}" for name in FINDING.split()}
 
 
 class Elsewhere(Tensor):
@@ -85,7 +86,7 @@ class OtherDevice(TorchDispatchMode):
             to_host = elsewhere and torch.device(device).type != NAME
             elsewhere = torch.device(device).type == NAME
             kwargs = {**kwargs, "device": torch.device("cpu") if elsewhere else device}
-        if to_host or (elsewhere and name in READS):
+        if to_host or (elsewhere and makes_the_host_wait(name, args, kwargs)):
             self.reads.append(name)
         operands = tree_map(numbers, args), tree_map(numbers, kwargs)
         result = function(*operands[0], **operands[1])
@@ -94,6 +95,15 @@ class OtherDevice(TorchDispatchMode):
         if function._schema.is_mutable and isinstance(result, Tensor):
             return kwargs.get("out", args[0])
         return tree_map(wrapped, result) if elsewhere else result
+
+
+def makes_the_host_wait(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation has to know numbers of a tensor before the next one can be launched."""
+    if name.startswith(("aten::index", "aten::_unsafe_index")) and isinstance(args[1], (list, tuple)):
+        return any(index is not None and index.dtype == torch.bool for index in args[1])  # a mask
+    if name == "aten::repeat_interleave":
+        return kwargs.get("output_size") is None
+    return name in READS
 
 
 def again(function, args, kwargs, result):

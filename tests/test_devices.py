@@ -153,3 +153,40 @@ def test_mixed_devices_are_noticed(other_device):
         assert other_device.reads == []
         float(total), total.to("cpu"), torch.empty(()).copy_(total)
     assert len(other_device.reads) == 3
+
+
+def set_at(row, places):
+    row[places] = 1
+
+
+FOUND = {
+    "mask": lambda row, places: row[row > 1],
+    "mask to write at": lambda row, places: set_at(row, row > 1),
+    "masked_select": lambda row, places: row.masked_select(row > 1),
+    "repeat_interleave": lambda row, places: places.repeat_interleave(places),
+    "unique": lambda row, places: row.unique(),
+    "bincount": lambda row, places: places.bincount(),
+    "allclose": lambda row, places: torch.allclose(row, row),
+    "bool": lambda row, places: bool(row[0]),
+    "tolist": lambda row, places: row.tolist(),
+}
+LAUNCHED = {
+    "places": lambda row, places: (row[places], row > 1)[1][places],
+    "places to write at": lambda row, places: set_at(row > 1, places),
+    "masked_fill": lambda row, places: row.masked_fill(row > 1, 0),
+    "repeat_interleave": lambda row, places: places.repeat_interleave(places, output_size=3),
+}
+
+
+@pytest.mark.parametrize("call", FOUND.values(), ids=FOUND)
+def test_what_the_host_waits_for_is_noticed(other_device, call):
+    with other_device:
+        call(torch.arange(4.0).to(NAME), torch.tensor([1, 2]).to(NAME))
+    assert other_device.reads
+
+
+@pytest.mark.parametrize("call", LAUNCHED.values(), ids=LAUNCHED)
+def test_what_it_need_not_wait_for_passes(other_device, call):
+    with other_device:
+        call(torch.arange(4.0).to(NAME), torch.tensor([1, 2]).to(NAME))
+    assert other_device.reads == []

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_topkast.layers import TopKastConv1D, TopKastLinear
 from hf_topkast.ops import BACKENDS
-from hf_topkast.pattern import Pattern, spread_blocks
+from hf_topkast.pattern import Pattern
 
 
 def make_linear(bias=True):
@@ -114,63 +114,6 @@ def test_reassign_to_fewer_weights_gives_memory_back(dense):
     assert torch.equal(layer.theta(), theta)
 
 
-def make_blocks(seed, share=0.5):
-    """A layer of 4 × 6 blocks, of which A has 8 and B 12 (or `share`)."""
-    torch.manual_seed(seed)
-    dense = nn.Linear(96, 64)
-    sets = (spread_blocks(mask, (16, 16)) for mask in choose_sets(torch.rand(4, 6), 1 / 3, share))
-    return TopKastLinear(dense, *sets, block_size=(16, 16))
-
-
-def assert_walk_follows(layer):
-    pattern = layer.pattern
-    assert torch.equal(pattern.column_walk, pattern.walk_by_columns())
-
-
-CHANGES = {
-    "reassign": lambda layer, other: layer.reassign(other.active_mask, other.backward_mask),
-    "load": lambda layer, other: layer.load_state_dict(other.state_dict()),
-    "assign": lambda layer, other: layer.load_state_dict(other.state_dict(), assign=True),
-    "load without the rest": lambda layer, other: layer.load_state_dict(
-        {name: tensor for name, tensor in other.state_dict().items() if name in ("row_offsets", "columns")},
-        strict=False,
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_walk_by_columns_follows_the_sets_in_its_place(change):
-    layer, other = make_blocks(0), make_blocks(1)
-    walk, place = layer.column_walk, layer.column_walk.data_ptr()
-    former = walk.clone()
-    change(layer, other)
-    assert_walk_follows(layer)
-    assert not torch.equal(walk, former)
-    assert layer.column_walk is walk and walk.data_ptr() == place  # where a CUDA graph reads it
-
-
-@pytest.mark.parametrize("change", list(CHANGES.values())[:3], ids=list(CHANGES)[:3])
-@pytest.mark.parametrize("share", [1 / 3, 1.0])
-def test_the_walk_by_columns_of_sets_of_another_size(change, share):
-    layer, other = make_blocks(0), make_blocks(1, share)
-    walk = layer.column_walk
-    change(layer, other)
-    assert_walk_follows(layer)
-    assert layer.column_walk is walk and walk.numel() == 7 + 2 * layer.columns.numel()
-
-
-def test_the_walk_by_columns_is_not_saved_and_moves_with_the_layer():
-    layer = make_blocks(0)
-    assert "column_walk" not in layer.state_dict()
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half()):
-        assert_walk_follows(twin)
-        assert twin.column_walk.dtype == torch.int32
-    elsewhere = copy.deepcopy(layer).to("meta")
-    assert elsewhere.column_walk.is_meta
-    elsewhere.load_state_dict(layer.state_dict(), assign=True)
-    assert_walk_follows(elsewhere)
-
-
 def test_the_size_of_a_is_read_off_once_for_each_choice_of_the_sets(dense, monkeypatch):
     reads = []
     monkeypatch.setattr(Pattern, "active", property(lambda self: reads.append(1) or int(self.row_offsets[7])))
@@ -208,6 +151,16 @@ def test_state_dict_is_complete(dense):
     assert torch.equal(other.active_mask, layer.active_mask)
     assert torch.equal(other.backward_mask, layer.backward_mask)
     assert other.reservoir_use == layer.reservoir_use
+
+
+@pytest.mark.parametrize("backward_density", [0.3, 0.5])
+def test_training_goes_on_after_a_change_in_inference_mode(dense, backward_density):
+    layer, other = make_sparse(dense), make_sparse(dense, density=0.1, backward_density=backward_density)
+    with torch.inference_mode():
+        layer.load_state_dict(other.state_dict())
+        layer.reassign(*choose_sets(torch.rand(7, 10), 0.1, backward_density + 0.1))
+    layer(torch.randn(2, 10)).sum().backward()
+    assert layer.values.grad.shape == layer.values.shape
 
 
 def test_dense_state_dict_is_refused_even_when_not_strict(dense):
@@ -266,6 +219,17 @@ class TestReservoirDevice:
         state.pop("reservoir")
         with pytest.raises(RuntimeError, match='Missing.*"reservoir"'):
             other.load_state_dict(state)
+
+    def test_a_loaded_state_stays_as_it_is(self, dense, device):
+        layer = make_sparse(dense, reservoir_device=device)
+        state = make_sparse(dense, density=0.1, backward_density=0.3).state_dict()
+        before = copy.deepcopy(state)
+        layer.load_state_dict(state)
+        with torch.no_grad():
+            layer.values.add_(1.0)
+        layer.reassign(*choose_sets(torch.rand(7, 10), 0.1, 0.3))
+        for name, tensor in before.items():
+            assert torch.equal(state[name], tensor), name
 
     def test_reassign_and_shrink(self, dense, device):
         layer = make_sparse(dense, reservoir_device=device)

@@ -55,6 +55,16 @@ def test_stated_bytes_are_the_live_ones(make_model, density):
     assert sparsity_report(model).trainable_state_bytes == live_bytes(model, optimizer) - outside
 
 
+def test_stated_bytes_of_blocks_are_the_live_ones():
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64))
+    sparsify(model, density=0.3, backward_density=0.5, block_size=16, target_modules=["0"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(5, 96)).sum().backward()
+    optimizer.step()
+    assert model[0].column_walk is not None
+    assert sparsity_report(model).trainable_state_bytes == live_bytes(model, optimizer)
+
+
 def test_dense_model():
     report = sparsity_report(make_gpt2())
     assert report.rows == [] and report.density == report.backward_density == 1.0

@@ -250,19 +250,6 @@ def test_no_two_programs_touch_what_one_of_them_writes(block_size, monkeypatch):
 
 
 @pytest.mark.parametrize("block_size", [(1, 1), (16, 16)])
-def test_no_product_waits_for_the_device(block_size, monkeypatch):
-    case = problem(layer_shape(block_size), 5, block_size=block_size)
-
-    def refuse(*_):
-        raise AssertionError("a number was read off a tensor")
-
-    with monkeypatch.context() as watched:
-        for name in ("item", "tolist", "__int__", "__bool__", "__float__", "__index__", "nonzero"):
-            watched.setattr(torch.Tensor, name, refuse)
-        products(*case[1:])
-
-
-@pytest.mark.parametrize("block_size", [(1, 1), (16, 16)])
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (2, 0)])
 def test_a_layer_and_its_gradients(block_size, leading):
     _, pattern, values, bias, *_ = problem(layer_shape(block_size), 1, block_size=block_size)

@@ -155,8 +155,10 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 
 def _multiply(x, values, bias, begins, features, stored_at, shape, block) -> Tensor:
     """
-    x·mᵀ + b, for m of a shape given line by line: where each begins in the list of features, counted in blocks, and in
-    that of the places of its blocks, or `None` if these are stored in the order of the list.
+    x·mᵀ + b, for a block-sparse m of a shape, given line by line.
+
+    Blocks `begins[i]` to `begins[i + 1]` of the lists are those of line i: `features` says which of x they multiply,
+    counted in blocks, and `stored_at` where their values are; `None` if these stand in the order of the list.
     """
     (y_features, x_features), (side_n, side_k) = shape, block
     y = torch.empty(len(x), y_features, dtype=x.dtype, device=x.device)
