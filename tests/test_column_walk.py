@@ -12,7 +12,7 @@ from toy_models import choose_sets
 
 from hf_topkast.layers import TopKastLinear
 from hf_topkast.ops import reference
-from hf_topkast.pattern import spread_blocks
+from hf_topkast.pattern import Pattern, spread_blocks
 
 
 def choose_blocks(seed, share=0.5):
@@ -81,7 +81,7 @@ def test_it_is_not_saved_and_goes_where_the_layer_goes():
     layer = make_layer(0)
     assert "column_walk" not in layer.state_dict()
     moved = copy.deepcopy(layer).to("meta")
-    assert moved.column_walk.is_meta
+    assert moved.column_walk.is_meta and moved.pattern.column_walk is moved.column_walk
     moved.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
     emptied = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
     emptied.load_state_dict(layer.state_dict())
@@ -114,11 +114,19 @@ def test_none_of_sets_that_something_else_has_changed(change):
     assert has_own_walk(layer)
 
 
-def test_none_while_the_sets_are_on_two_devices():
-    layer, other = make_layer(0), make_layer(1)
-    for name, tensor in structure_of(other).items():
-        layer.load_state_dict({name: tensor.to("meta")}, strict=False, assign=True)
-    assert layer.columns.is_meta and layer.column_walk.is_meta
+def test_a_load_of_other_tensors_leaves_it(monkeypatch):
+    layer = make_layer(0)
+    monkeypatch.setattr(Pattern, "walk_by_columns", None)
+    layer.load_state_dict({"bias": torch.ones(64)}, strict=False)
+    assert layer.pattern.column_walk is layer.column_walk
+
+
+def test_layers_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = make_layer(0)
+        assert has_own_walk(layer)
+        layer.reassign(*choose_blocks(2, 1.0))
+        assert has_own_walk(layer)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

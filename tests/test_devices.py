@@ -106,20 +106,34 @@ def test_only_refreshes_make_the_host_wait(other_device, kernels, block_size):
     assert waits == [False, True, False, True, False]
 
 
+def choose_blocks(seed, block_size):
+    scores = torch.rand(64 // block_size, 96 // block_size, generator=torch.Generator().manual_seed(seed))
+    masks = (top_mask(scores, set_size(scores.numel(), share)) for share in (0.3, 0.5))
+    return [spread_blocks(mask, (block_size, block_size)) for mask in masks]
+
+
+def make_layer(seed, block_size):
+    torch.manual_seed(seed)
+    sets = choose_blocks(seed, block_size)
+    return TopKastLinear(nn.Linear(96, 64), *sets, "triton", block_size=(block_size, block_size)).to(NAME)
+
+
+@pytest.mark.parametrize("first", ["columns", "row_offsets"])
+def test_a_state_that_comes_from_the_host_in_parts(other_device, first):
+    with other_device:
+        layer, state = make_layer(0, 16), make_layer(1, 16).to("cpu").state_dict()
+        part = {first: state.pop(first)}
+        layer.load_state_dict(part, strict=False, assign=True)
+        assert layer._current_walk() is None  # that of sets on two devices
+        layer.load_state_dict(state, strict=False, assign=True)
+        assert torch.equal(layer.pattern.column_walk, layer.pattern.walk_by_columns())
+
+
 @pytest.mark.parametrize("change", ["refresh", "load"])
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_what_a_graph_would_replay_follows_the_sets(other_device, kernels, block_size, change):
-    def sets(seed):
-        scores = torch.rand(64 // block_size, 96 // block_size, generator=torch.Generator().manual_seed(seed))
-        masks = (top_mask(scores, set_size(scores.numel(), share)) for share in (0.3, 0.5))
-        return [spread_blocks(mask, (block_size, block_size)) for mask in masks]
-
-    def make(seed):
-        torch.manual_seed(seed)
-        return TopKastLinear(nn.Linear(96, 64), *sets(seed), "triton", block_size=(block_size, block_size)).to(NAME)
-
     with other_device:
-        layer, other = make(0), make(1)
+        layer, other = make_layer(0, block_size), make_layer(1, block_size)
         x, dy = torch.randn(40, 96).to(NAME).requires_grad_(), torch.randn(40, 64).to(NAME)
 
         def step():
@@ -132,7 +146,7 @@ def test_what_a_graph_would_replay_follows_the_sets(other_device, kernels, block
         assert len(other_device.reads) == reads  # no graph can have those
         before = [numbers(one).clone() for one in captured]
         if change == "refresh":
-            layer.reassign(*(mask.to(NAME) for mask in sets(1)))
+            layer.reassign(*(mask.to(NAME) for mask in choose_blocks(1, block_size)))
         else:
             layer.load_state_dict(other.state_dict())
         for launch in graph:

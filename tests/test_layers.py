@@ -233,9 +233,10 @@ class TestReservoirDevice:
 
     def test_reassign_and_shrink(self, dense, device):
         layer = make_sparse(dense, reservoir_device=device)
-        theta = layer.theta()
+        theta, place = layer.theta(), layer.reservoir.data_ptr()
         layer.reassign(*choose_sets(torch.rand(7, 10), 0.2, 0.5))
         assert torch.equal(layer.theta(), theta)
+        assert layer.reservoir.data_ptr() == place  # pinned memory takes long to get
         active = layer.pattern.active_mask()
         layer.reassign(active, active)
         assert torch.equal(layer.theta(), theta)
