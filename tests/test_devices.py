@@ -169,13 +169,9 @@ def test_mixed_devices_are_noticed(other_device):
     assert len(other_device.reads) == 3
 
 
-def set_at(row, places):
-    row[places] = 1
-
-
 FOUND = {
     "mask": lambda row, places: row[row > 1],
-    "mask to write at": lambda row, places: set_at(row, row > 1),
+    "mask to write at": lambda row, places: row.index_put_((row > 1,), row[:1]),
     "masked_select": lambda row, places: row.masked_select(row > 1),
     "repeat_interleave": lambda row, places: places.repeat_interleave(places),
     "unique": lambda row, places: row.unique(),
@@ -185,8 +181,8 @@ FOUND = {
     "tolist": lambda row, places: row.tolist(),
 }
 LAUNCHED = {
-    "places": lambda row, places: (row[places], row > 1)[1][places],
-    "places to write at": lambda row, places: set_at(row > 1, places),
+    "places": lambda row, places: (row > 1)[places],
+    "places to write at": lambda row, places: (row > 1).index_put_((places,), row[1:2] > 0),
     "masked_fill": lambda row, places: row.masked_fill(row > 1, 0),
     "repeat_interleave": lambda row, places: places.repeat_interleave(places, output_size=3),
 }
