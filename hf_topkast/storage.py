@@ -155,7 +155,10 @@ class SparseStorage(ColumnWalk):
                 "sparse layers, 2 bytes for each weight of B. From torch 2.12 on it keeps its part."
             )
         elif "columns" in self._buffers:
+            noted = self._sets_are_noted()
             self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
+            if noted:
+                self._note_sets()
 
     def shard_rest(self):
         """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""

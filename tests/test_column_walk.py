@@ -103,7 +103,22 @@ def share_and_change(layer, other):
     other.reassign(*choose_blocks(2))
 
 
-@pytest.mark.parametrize("change", [write_in_place, share_and_change])
+def write_columns(layer, other):
+    layer.columns.copy_(5 - layer.columns)
+
+
+def put_columns(layer, other):
+    layer.columns = 5 - layer.columns
+
+
+def lose_numbers(layer, other):
+    layer.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor, new in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
+            tensor.data.copy_(new)  # which no tensor notices
+
+
+@pytest.mark.parametrize("change", [write_in_place, share_and_change, write_columns, put_columns, lose_numbers])
 def test_none_of_sets_that_something_else_has_changed(change):
     layer, other = make_layer(0), make_layer(1)
     change(layer, other)
@@ -112,6 +127,30 @@ def test_none_of_sets_that_something_else_has_changed(change):
     assert has_own_walk(copy.deepcopy(layer))
     layer.reassign(*choose_blocks(3))
     assert has_own_walk(layer)
+
+
+def test_a_shallow_copy_leaves_pending_losses():
+    layer, x = make_layer(0), torch.randn(5, 96, requires_grad=True)
+    y = layer(x)
+    twin = copy.copy(layer)
+    y.sum().backward()
+    assert has_own_walk(layer) and has_own_walk(twin)
+
+
+def test_layers_that_offer_their_columns_keep_it():
+    layer = make_layer(0)
+    layer.offer_columns()
+    assert has_own_walk(layer)
+    layer.row_offsets.add_(0)
+    assert not has_own_walk(layer)
+
+
+def test_layers_without_one_keep_no_former_sets():
+    dense = nn.Linear(6, 4)
+    layer, other = (TopKastLinear(dense, *choose_sets(torch.rand(4, 6), 1 / 3, 0.5)) for _ in range(2))
+    assert layer.column_walk is None
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert layer._noted == ()
 
 
 def test_a_load_of_other_tensors_leaves_it(monkeypatch):
@@ -142,7 +181,8 @@ def test_none_of_sets_that_stand_in_for_those_of_the_layer(compiled, monkeypatch
     monkeypatch.setattr(reference, "grad_input", grad_input)
     layer, x = make_layer(0), torch.randn(5, 96, requires_grad=True)
     call = torch.compile(functional_call, backend="aot_eager") if compiled else functional_call
-    for state in (make_layer(1).state_dict(), make_layer(2, 1.0).state_dict(), dict(layer.named_parameters())):
+    states = [make_layer(1).state_dict(), make_layer(2, 1.0).state_dict(), {"columns": 5 - layer.columns}]
+    for state in (*states, dict(layer.named_parameters())):
         call(layer, state, (x,)).sum().backward()
-    assert handed_out == [False, False, True]
+    assert handed_out == [False, False, False, True]
     assert has_own_walk(layer)

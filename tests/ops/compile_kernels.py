@@ -19,21 +19,21 @@ from hf_topkast.ops import triton as products
 from hf_topkast.pattern import Pattern, spread_blocks
 
 
-MAX_SHARED = 232_448  # bytes, at compute capability 9.0
+# Bytes of shared memory that a block of threads can have, by compute capability.
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TOKENS, OUT, IN = 100, 256, 512
 
 
 class CompilingDriver:
     """What Triton asks of a GPU before it launches; a launch does nothing."""
 
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": MAX_SHARED},
-        load_binary=lambda name, kernel, shared, device: (object(), object(), 0, 0, 1024),
-        unload_module=lambda module: None,
-    )
-
     def __init__(self, capability: int):
         self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": SHARED[capability]},
+            load_binary=lambda name, kernel, shared, device: (object(), object(), 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
 
     def get_current_device(self) -> int:
         return 0
@@ -42,7 +42,7 @@ class CompilingDriver:
         return 0
 
     def get_benchmarker(self):
-        def launch_once(call, quantiles):
+        def launch_once(call, quantiles):  # or not at all, where Triton finds that the tile does not fit
             call()
             return [1.0] * len(quantiles)
 
