@@ -63,7 +63,7 @@ class ColumnWalk(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # What comes back from the meta device has no numbers yet.
-        noted = self.column_walk is not None and not self.row_offsets.is_meta and self._sets_are_noted()
+        noted = not self.row_offsets.is_meta and self._sets_are_noted()
         super()._apply(fn, recurse)
         if noted:
             self._note_sets()

@@ -186,3 +186,6 @@ def test_none_of_sets_that_stand_in_for_those_of_the_layer(compiled, monkeypatch
         call(layer, state, (x,)).sum().backward()
     assert handed_out == [False, False, False, True]
     assert has_own_walk(layer)
+    layer._noted = ()  # as a load leaves it under FSDP2
+    call(layer, {}, (x,)).sum().backward()
+    assert not handed_out[-1]
