@@ -36,9 +36,10 @@ class ColumnWalk(nn.Module):
         self._note_sets()
 
     def _make_walk(self, assign: bool = False):
-        """For a load or a copy. Of columns that FSDP2 has cut, the next refresh does it, where all ranks meet."""
+        """Of sets that came by a load or a copy. If FSDP2 has cut them the next refresh does it, where all ranks meet."""
         self._noted = ()
-        if not is_sharded(self.columns) and self.columns.device == self.row_offsets.device:
+        here = not is_sharded(self.columns) and self.columns.device == self.row_offsets.device
+        if self.column_walk is not None and here:
             self._keep_walk(self.pattern.walk_by_columns(), assign)
 
     def _current_walk(self) -> Tensor | None:
@@ -71,8 +72,7 @@ class ColumnWalk(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self.column_walk is not None:
-            self._make_walk(assign=True)  # `copy.copy` shares the former one
+        self._make_walk(assign=True)  # `copy.copy` shares the former one
 
 
 def _version(tensor: Tensor) -> int | None:

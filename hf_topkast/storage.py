@@ -155,10 +155,8 @@ class SparseStorage(ColumnWalk):
                 "sparse layers, 2 bytes for each weight of B. From torch 2.12 on it keeps its part."
             )
         elif "columns" in self._buffers:
-            noted = self._sets_are_noted()
             self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
-            if noted:
-                self._note_sets()
+            self._make_walk()
 
     def shard_rest(self):
         """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
@@ -174,15 +172,15 @@ class SparseStorage(ColumnWalk):
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
-        same_size = current.shape == new.shape
-        if is_sharded(current) and same_size:
+        resized = current.shape != new.shape
+        if is_sharded(current):
+            if resized:
+                raise RuntimeError(
+                    f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
+                    f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
+                )
             local(current).copy_(part_of(new, current))
-        elif is_sharded(current):
-            raise RuntimeError(
-                f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
-                f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
-            )
-        elif name == "reservoir" and self._rests_elsewhere and not same_size:
+        elif resized and name == "reservoir" and self._rests_elsewhere:
             self.reservoir = put_to_rest(new, self.reservoir_device)
         else:
             rewrite(self, name, new)
@@ -218,7 +216,7 @@ class SparseStorage(ColumnWalk):
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.column_walk is not None and any(prefix + name in state_dict for name in STRUCTURE):
+        if any(prefix + name in state_dict for name in STRUCTURE):
             self._make_walk(metadata.get("assign_to_params_buffers", False))
         self.assignments += 1
         if self._rests_elsewhere:  # no buffer, so torch does not know the key

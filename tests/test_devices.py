@@ -8,11 +8,11 @@ import torch
 from other_device import NAME, OtherDevice, numbers
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from toy_models import choose_sets
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
 from hf_topkast.layers import TopKastLinear
 from hf_topkast.pattern import spread_blocks
-from hf_topkast.selection import set_size, top_mask
 
 
 @pytest.fixture
@@ -108,8 +108,7 @@ def test_only_refreshes_make_the_host_wait(other_device, kernels, block_size):
 
 def choose_blocks(seed, block_size):
     scores = torch.rand(64 // block_size, 96 // block_size, generator=torch.Generator().manual_seed(seed))
-    masks = (top_mask(scores, set_size(scores.numel(), share)) for share in (0.3, 0.5))
-    return [spread_blocks(mask, (block_size, block_size)) for mask in masks]
+    return [spread_blocks(mask, (block_size, block_size)) for mask in choose_sets(scores, 0.3, 0.5)]
 
 
 def make_layer(seed, block_size):
