@@ -29,7 +29,7 @@ bench() { # name, module, arguments ...
 }
 
 if [[ ${SMALL:-} ]]; then
-    tokens=32 shapes="64x64" rounds=1
+    tokens=32 shapes="256x256" rounds=1
     models=("--layers 1 --width 64 --vocabulary 64 --context 32 --batch 1")
     largest="--width 64 --vocabulary 64 --context 32 --batch 1 --mib 10"
 else

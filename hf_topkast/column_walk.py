@@ -36,7 +36,7 @@ class ColumnWalk(nn.Module):
         self._note_sets()
 
     def _make_walk(self, assign: bool = False):
-        """Of sets that came by a load or a copy. If FSDP2 has cut them the next refresh does it, where all ranks meet."""
+        """Of sets that a load or a copy brought. If FSDP2 has cut them, the next refresh does it, with all ranks."""
         self._noted = ()
         here = not is_sharded(self.columns) and self.columns.device == self.row_offsets.device
         if self.column_walk is not None and here:
