@@ -26,8 +26,8 @@ from types import ModuleType
 import torch
 
 from hf_topkast.ops import BACKENDS, implementation
-from hf_topkast.pattern import Pattern, spread_blocks
-from hf_topkast.selection import block_norms, set_size, top_mask
+from hf_topkast.sets.selection import block_norms, set_size, top_mask
+from hf_topkast.storage import Pattern, spread_blocks
 
 from .measure import interleaved, machine, make_parser, median_ratio, plot_bars
 

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from hf_topkast.layers import TopKastLinear
-from hf_topkast.selection import set_size, top_mask
+from hf_topkast.layers.linear import TopKastLinear
+from hf_topkast.sets.selection import set_size, top_mask
 
 from .measure import interleaved, make_parser, median_ratio, report
 

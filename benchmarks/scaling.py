@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_topkast import TopKastController, sparsify
-from hf_topkast.distributed import is_sharded, local
+from hf_topkast.storage import is_sharded, local
 from hf_topkast.surgery import sparse_layers
 
 from .measure import make_gpt2, make_parser, report

@@ -1,13 +1,10 @@
 """hf_topkast: truly sparse Top-KAST training for Hugging Face Transformers."""
 
-from .callback import TopKastCallback
+from .checkpoints import CheckpointError, export_sparse, last_whole_checkpoint
 from .config import TopKastConfig
-from .controller import TopKastController
-from .loading import export_sparse  # (makes from_pretrained and save_pretrained know sparse layers, too)
 from .report import sparsity_report
-from .state_file import CheckpointError
 from .surgery import densify, sparsify
-from .trainer import TopKastTrainer, TopKastTrainerMixin
+from .training import TopKastCallback, TopKastController, TopKastTrainer, TopKastTrainerMixin
 
 
 __version__ = "0.1.0"
@@ -21,6 +18,7 @@ __all__ = [
     "TopKastTrainerMixin",
     "densify",
     "export_sparse",
+    "last_whole_checkpoint",
     "sparsify",
     "sparsity_report",
 ]

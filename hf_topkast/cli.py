@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from .loading import export_sparse
+from .checkpoints import export_sparse
 from .plots import plot_metric
 from .report import sparsity_report
 from .surgery import densify

@@ -59,7 +59,7 @@ class TopKastConfig(QuantizationConfigMixin):
         exploration_lr_scale (`float`, *optional*, defaults to 1.0):
             Factor on the optimizer's change of the values in B\\A. 1 is the paper.
         method (`str`, *optional*, defaults to `"topkast"`):
-            Rule that chooses A and B, a key of `hf_topkast.methods.METHODS`: `"topkast"`, or `"static"`, which never
+            Rule that chooses A and B, a key of `hf_topkast.sets.METHODS`: `"topkast"`, or `"static"`, which never
             changes them again.
         block_size (`int` or `tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Rows (out) and columns (in) of the blocks that the sets hold as a whole, ranked by their L2 norm; one

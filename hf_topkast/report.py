@@ -1,80 +1,14 @@
-"""What is sparse, and what it saves: `sparsity_report`."""
-
-from dataclasses import asdict, dataclass
+"""What is sparse, and what it saves, as a table: `sparsity_report`."""
 
 from torch import nn
 
-from .base_layer import TopKastLayer
-from .storage import STRUCTURE, TRACKING
-from .surgery import sparse_layers
+from .surgery import SparsityCounts, count_sparsity
 
 
-# A parameter that is trained with Adam exists four times: itself, its gradient and two moments.
-COPIES_IN_TRAINING = 4
-
-
-@dataclass
-class LayerRow:
-    """One sparse layer: its name, type, (out, in) shape, sizes and densities of A and B, and bytes in training."""
-
-    name: str
-    type: str
-    shape: tuple[int, int]
-    weights: int
-    active: int
-    stored: int
-    density: float
-    backward_density: float
-    trainable_state_bytes: int
-    dense_state_bytes: int
-
-
-@dataclass
-class SparsityReport:
+class SparsityReport(SparsityCounts):
     """
-    Densities and bytes of a model, per sparse layer and in total; `print` shows a table.
-
-    Attributes:
-        rows (`list[LayerRow]`): one per sparse layer.
-        density (`float`): Σ|A| / Σn over the sparse layers.
-        backward_density (`float`): Σ|B| / Σn over the sparse layers.
-        dense_parameters (`int`): parameters outside the sparse layers' weights: embeddings, head, norms, biases.
-        trainable_state_bytes (`int`): the whole model in training with Adam: parameters, gradients and both moments
-            of what is trainable, and indices and reservoir of the sparse layers (but not a reservoir on disk).
-        dense_state_bytes (`int`): the same for the dense model.
+    Densities and bytes of a model, per sparse layer and in total, as [`SparsityCounts`] says; `print` shows a table.
     """
-
-    rows: list[LayerRow]
-    density: float
-    backward_density: float
-    dense_parameters: int
-    trainable_state_bytes: int
-    dense_state_bytes: int
-
-    @property
-    def nonzero_parameters(self) -> int:
-        """Parameters that the forward pass uses: those of A and all dense ones."""
-        return sum(row.active for row in self.rows) + self.dense_parameters
-
-    @property
-    def total_parameters(self) -> int:
-        """Parameters of the dense model."""
-        return sum(row.weights for row in self.rows) + self.dense_parameters
-
-    def to_dict(self) -> dict:
-        """Everything as JSON types."""
-        extra = {"nonzero_parameters": self.nonzero_parameters, "total_parameters": self.total_parameters}
-        return {**asdict(self), **extra}
-
-    def to_markdown(self) -> str:
-        """The densities as a Markdown table, for a model card."""
-        lines = ["| layer | out × in | density | backward density |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| `{row.name}` | {row.shape[0]} × {row.shape[1]} | {row.density:.4f} | {row.backward_density:.4f} |"
-            for row in self.rows
-        ]
-        lines.append(f"| all sparse layers | | {self.density:.4f} | {self.backward_density:.4f} |")
-        return "\n".join(lines)
 
     def __str__(self) -> str:
         header = f"{'layer':<44} {'shape':>13} {'weights':>12} {'density':>8} {'backward':>8} {'MiB':>9} {'dense':>9}"
@@ -110,41 +44,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
     Returns:
         [`SparsityReport`]: prints as a table; `.to_dict()` for JSON.
     """
-    layers = list(sparse_layers(model))
-    rows = [_row(name, layer) for name, layer in layers]
-    values = {id(layer.values) for _, layer in layers}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in values]
-    rest_bytes = sum(p.numel() * p.element_size() * (COPIES_IN_TRAINING if p.requires_grad else 1) for p in rest)
-    weights = sum(row.weights for row in rows) or 1
-    return SparsityReport(
-        rows=rows,
-        density=sum(row.active for row in rows) / weights if rows else 1.0,
-        backward_density=sum(row.stored for row in rows) / weights if rows else 1.0,
-        dense_parameters=sum(parameter.numel() for parameter in rest),
-        trainable_state_bytes=sum(row.trainable_state_bytes for row in rows) + rest_bytes,
-        dense_state_bytes=sum(row.dense_state_bytes for row in rows) + rest_bytes,
-    )
-
-
-def _row(name: str, layer: TopKastLayer) -> LayerRow:
-    copies = COPIES_IN_TRAINING if layer.values.requires_grad else 1
-    buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING)]
-    if layer.column_walk is not None:
-        buffers.append(layer.column_walk)
-    if layer.reservoir_device != "disk":
-        buffers.append(layer.reservoir)
-    return LayerRow(
-        name=name,
-        type=type(layer).__name__,
-        shape=layer.shape,
-        weights=layer.numel,
-        active=layer.active_count,
-        stored=layer.values.numel(),
-        density=layer.density,
-        backward_density=layer.backward_density,
-        trainable_state_bytes=layer.values.nbytes * copies + sum(buffer.nbytes for buffer in buffers),
-        dense_state_bytes=layer.numel * layer.values.element_size() * copies,
-    )
+    return SparsityReport(**vars(count_sparsity(model)))
 
 
 def _mib(count: int) -> str:

@@ -29,7 +29,7 @@ from transformers import (
 from windows import EvaluationWindows, TrainingWindows
 
 from hf_topkast import TopKastTrainer, sparsify, sparsity_report
-from hf_topkast.durable import last_whole_checkpoint
+from hf_topkast.checkpoints import last_whole_checkpoint
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from ranks import FSDP
-from test_trainer import make_trainer
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_models import loss_of, make_gpt2, token_batches
+from toy_training import make_trainer
 from transformers import TrainerCallback
 
 from benchmarks.scaling import live_bytes
 from hf_topkast import TopKastConfig, TopKastController, sparsify
-from hf_topkast.distributed import SHARDS_INTEGERS, full, is_sharded, local
+from hf_topkast.storage.distributed import SHARDS_INTEGERS, full, is_sharded, local
 from hf_topkast.surgery import sparse_layers
 
 

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from test_trainer import make_trainer
+from toy_training import make_trainer
 from transformers import TrainerCallback
 
 from hf_topkast import TopKastConfig
-from hf_topkast.durable import is_whole, last_whole_checkpoint
+from hf_topkast.checkpoints.durable import is_whole, last_whole_checkpoint
 
 
 CONFIG = TopKastConfig(density=0.2, refresh_every=3, exploration_lr_scale=0.5, explore_until=90)

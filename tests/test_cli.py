@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from test_checkpoint import trained
 from toy_models import make_gpt2, token_batches
+from toy_training import trained
 from transformers import AutoModelForCausalLM
 
 from hf_topkast.cli import main

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_trainer import CONFIG, make_trainer, same_weights
 from torch._dynamo.utils import counters
 from toy_models import choose_sets, make_gpt2, make_llama, token_batches
+from toy_training import CONFIG, make_trainer, same_weights
 
 from hf_topkast import TopKastConfig, TopKastController, densify, sparsify
 from hf_topkast.surgery import sparse_layers

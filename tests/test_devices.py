@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from toy_models import choose_sets
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
-from hf_topkast.layers import TopKastLinear
-from hf_topkast.pattern import spread_blocks
+from hf_topkast.layers.linear import TopKastLinear
+from hf_topkast.storage import spread_blocks
 
 
 @pytest.fixture

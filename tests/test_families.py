@@ -1,7 +1,6 @@
 """Every causal language model of transformers, from sparsify to densify; docs/families.md lists the outcome."""
 
 import copy
-import json
 import re
 import subprocess
 import sys
@@ -19,10 +18,9 @@ from hf_topkast.surgery import sparse_layers
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
-if f"transformers {'.'.join(transformers.__version__.split('.')[:2])} " not in PAGE:
-    pytest.skip(
-        f"docs/families.md is about another transformers than {transformers.__version__}", allow_module_level=True
-    )
+# The release that the page is about: others may know more families, or fewer.
+RELEASE = re.search(r"transformers ([\d.]+)", PAGE)[1]
+INSTALLED = ".".join(transformers.__version__.split(".")[:2])
 
 TOKENS = torch.randint(2, VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -44,15 +42,33 @@ WORK = re.findall(r"`([^`]+)`", section("As they are"))
 STACKED = table("With some weights kept dense")
 WRITERS = table("That change their weights themselves")
 NOT_TRIED = table("Not tried")
+KNOWN = {*WORK, *STACKED, *WRITERS, *NOT_TRIED}
+
+
+def installed(families) -> list[str]:
+    return [family for family in families if family in FAMILIES]
 
 
 def test_the_page_lists_every_family_once():
-    assert sorted([*WORK, *STACKED, *WRITERS, *NOT_TRIED]) == FAMILIES
-    assert f"{len(WORK) + len(STACKED) + len(WRITERS)} of {len(FAMILIES)}" in PAGE
+    tried = [*WORK, *STACKED, *WRITERS]
+    assert len([*tried, *NOT_TRIED]) == len(KNOWN)
+    assert f"{len(tried)} of {len(KNOWN)}" in PAGE
+    if INSTALLED != RELEASE:
+        new, gone = sorted(set(FAMILIES) - KNOWN), sorted(KNOWN - set(FAMILIES))
+        pytest.xfail(
+            f"docs/families.md is about transformers {RELEASE}, and {INSTALLED} is installed, which has "
+            f"{len(new)} other families {new} and lacks {gone}; all others are tried."
+        )
+    assert sorted(KNOWN) == FAMILIES
 
 
 def logits_of(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     return model(input_ids=tokens).logits
+
+
+def check_logits(found: torch.Tensor, expected: torch.Tensor):
+    """Equal weights, in other memory: dense products of other alignment add up in another order on some CPUs."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def loss_of(model: PreTrainedModel) -> torch.Tensor:
@@ -101,13 +117,42 @@ def check_same_layers(model: PreTrainedModel, loaded: PreTrainedModel):
             assert torch.equal(one, two), name
 
 
+STOCK_READER = """
+import sys
+import torch, transformers
+transformers.logging.set_verbosity_error()
+tokens = torch.tensor(eval(sys.argv[1]))
+for line in sys.stdin:
+    kind, place = line.split()
+    model = getattr(transformers, kind).from_pretrained(place)
+    assert "hf_topkast" not in sys.modules
+    torch.save(model(input_ids=tokens).logits.detach(), place + "/read.pt")
+    print("read", flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory) -> Path:
-    """Where the families are saved, for the reader without our import."""
-    return tmp_path_factory.mktemp("families")
+def stock_reader():
+    """Loads a directory without our import and gives the logits; one process for all families, as starting it takes
+    longer than reading."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOCK_READER, str(TOKENS.tolist())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def read(model: PreTrainedModel, place: Path) -> torch.Tensor:
+        print(type(model).__name__, place, file=process.stdin, flush=True)
+        assert process.stdout.readline() == "read\n"
+        return torch.load(place / "read.pt")
+
+    yield read
+    process.stdin.close()
+    process.wait()
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", installed(WRITERS))
 def test_a_model_that_changes_its_weights_is_refused_when_it_runs(family):
     model = sparsify(make_family(family), density=0.3)
     with pytest.raises(RuntimeError, match="name the layer in exclude_modules"):
@@ -115,8 +160,8 @@ def test_a_model_that_changes_its_weights_is_refused_when_it_runs(family):
             logits_of(model.train(training))
 
 
-@pytest.mark.parametrize("family", [*WORK, *STACKED, *WRITERS])
-def test_family(family, shelf, tmp_path):
+@pytest.mark.parametrize("family", installed([*WORK, *STACKED, *WRITERS]))
+def test_family(family, stock_reader, tmp_path):
     model = make_family(family)
     dense_types = {name: type(module) for name, module in model.named_modules()}
     settings = {"density": 0.3, "refresh_every": 2, "exclude_modules": {**STACKED, **WRITERS}.get(family)}
@@ -130,49 +175,20 @@ def test_family(family, shelf, tmp_path):
     model.eval()
     logits = logits_of(model)
     generated = model.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=1)
-    model.save_pretrained(shelf / family)
-    torch.save(logits.detach(), shelf / family / "logits.pt")
-    loaded = type(model).from_pretrained(shelf / family)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
     check_same_layers(model, loaded)
-    assert torch.equal(logits_of(loaded), logits)
+    check_logits(logits_of(loaded), logits)
     assert torch.equal(loaded.generate(TOKENS[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=1), generated)
+    check_logits(stock_reader(model, tmp_path / "saved"), logits)
 
-    export_sparse(model, tmp_path)
-    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path)), logits)
+    export_sparse(model, tmp_path / "compact")
+    compact = type(model).from_pretrained(tmp_path / "compact")
+    check_logits(logits_of(compact), logits)
+    for (name, layer), (_, other) in zip(sparse_layers(model), sparse_layers(compact)):
+        assert torch.equal(layer.weight, other.weight), name
 
     densify(model)
-    torch.testing.assert_close(logits_of(model), logits, rtol=1e-4, atol=1e-5)
+    check_logits(logits_of(model), logits)
     for name, module in model.named_modules():
         assert isinstance(module, torch.nn.Linear) or type(module) is dense_types[name], name
-
-
-STOCK_READER = """
-import json, sys, warnings
-from pathlib import Path
-import torch, transformers
-transformers.logging.set_verbosity_error()
-shelf, tokens, answer = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2])), {}
-for place in shelf.iterdir():
-    kind = json.loads((place / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, kind).from_pretrained(place)
-    difference = (model(input_ids=tokens).logits - torch.load(place / "logits.pt")).abs().max()
-    answer[place.name] = float(difference)
-assert "hf_topkast" not in sys.modules
-print(json.dumps(answer))
-"""
-
-
-def test_stock_transformers_reads_every_family(shelf):
-    """Without our import the saved directories give dense models that compute the same."""
-    saved = [place.name for place in shelf.iterdir()]
-    if not saved:
-        pytest.skip("reads what test_family has saved")
-    answer = subprocess.run(
-        [sys.executable, "-c", STOCK_READER, str(shelf), json.dumps(TOKENS.tolist())],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    differences = json.loads(answer.stdout.splitlines()[-1])
-    assert differences.keys() == set(saved)
-    assert not {family: value for family, value in differences.items() if not value < 1e-4}

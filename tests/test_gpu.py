@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_models import loss_of, make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify
-from hf_topkast.pattern import spread_blocks
-from hf_topkast.selection import set_size, top_mask
+from hf_topkast.sets.selection import set_size, top_mask
+from hf_topkast.storage import spread_blocks
 from hf_topkast.surgery import sparse_layers
 
 

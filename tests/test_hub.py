@@ -12,7 +12,7 @@ from hub_server import COMMIT, Hub
 from toy_models import make_gpt2
 
 from hf_topkast import export_sparse, sparsify
-from hf_topkast.state_file import STATE_NAME
+from hf_topkast.checkpoints import STATE_NAME
 
 
 SCRIPT = """

@@ -10,9 +10,9 @@ import optuna
 import pytest
 import torch
 from test_loops import make_tokenizer
-from test_trainer import CONFIG, make_dataset, make_trainer, same_weights
 from torch.utils.data import DataLoader, Dataset
 from toy_models import VOCABULARY, loss_of, make_gpt2, make_llama, token_batches
+from toy_training import CONFIG, make_dataset, make_trainer, same_weights
 from transformers import TrainingArguments, pipeline
 
 from hf_topkast import TopKastController, TopKastTrainer, densify, sparsify

@@ -6,12 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from test_trainer import make_trainer, same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from toy_models import VOCABULARY, make_gpt2, make_llama
+from toy_training import make_trainer, same_weights
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 

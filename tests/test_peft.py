@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_trainer import CONFIG, make_trainer, same_weights
 from toy_models import make_gpt2, make_llama, token_batches
+from toy_training import CONFIG, make_trainer, same_weights
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_topkast import TopKastTrainer, densify, sparsify

@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_topkast.methods import topkast
-from hf_topkast.selection import set_size
+from hf_topkast.sets.methods import topkast
+from hf_topkast.sets.selection import set_size
 
 
 VOCABULARY = 48

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.utils import logging
 
-from ..pattern import Pattern
+from ..storage import Pattern
 from . import costs, reference
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 
 
 # Whether this CPU multiplies tiles of bf16, which makes dense bf16 products 5–10 times as fast as those of fp32.

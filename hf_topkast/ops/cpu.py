@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 from . import _native
 from .handover import array, as_rows, checked, structure, thread_count
 

@@ -8,7 +8,7 @@ Like the reference it keeps the memory promise: the dense gradient of a large la
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 from . import _native
 from .handover import array, as_rows, checked, structure, thread_count
 from .reference import rows_per_chunk

@@ -7,7 +7,7 @@ Its threads are those of torch's own OpenMP pool.
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 from . import _native
 
 

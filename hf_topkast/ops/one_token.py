@@ -8,7 +8,7 @@ would do around it each time as long again.
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 from . import _native
 from .cpu import isa
 from .handover import array, structure, thread_count

@@ -8,7 +8,7 @@ read at B and gone, for large layers a few rows at a time. It does not save time
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..storage import Pattern
 
 
 # How much of the dense gradient exists at once: a quarter of the layer, or so many elements (16 MiB in float32) where

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hf_topkast.ops import triton as products
-from hf_topkast.pattern import Pattern, spread_blocks
+from hf_topkast.storage import Pattern, spread_blocks
 
 
 # Bytes of shared memory that a block of threads can have, by compute capability.

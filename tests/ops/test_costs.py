@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_topkast.ops import costs
-from hf_topkast.pattern import Pattern
+from hf_topkast.storage import Pattern
 
 
 def pattern_of(density, backward_density=None, block_size=(1, 1), shape=(64, 80)):

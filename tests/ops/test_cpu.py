@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_topkast.ops import BACKENDS, implementation, masked_linear, reference
-from hf_topkast.pattern import Pattern
+from hf_topkast.storage import Pattern
 
 
 cpu = pytest.importorskip("hf_topkast.ops.cpu", reason="the C++ extension is not built", exc_type=ImportError)

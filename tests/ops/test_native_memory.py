@@ -16,7 +16,7 @@ SCRIPT = """
 import resource, torch
 from concurrent.futures import ThreadPoolExecutor
 from hf_topkast.ops import cpu
-from hf_topkast.pattern import Pattern
+from hf_topkast.storage.pattern import Pattern
 
 small = Pattern.from_masks(torch.ones(16, 16, dtype=torch.bool), torch.ones(16, 16, dtype=torch.bool))
 

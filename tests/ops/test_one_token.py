@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from hf_topkast.layers import TopKastConv1D, TopKastLinear
+from hf_topkast.layers.linear import TopKastConv1D, TopKastLinear
 from hf_topkast.ops import masked_linear
-from hf_topkast.pattern import spread_blocks
+from hf_topkast.storage import spread_blocks
 
 
 one_token = pytest.importorskip("hf_topkast.ops.one_token", exc_type=ImportError)

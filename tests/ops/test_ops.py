@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import ops
 from hf_topkast.ops import masked_linear, select_backend
-from hf_topkast.pattern import Pattern
+from hf_topkast.storage import Pattern
 
 
 OUT, IN = 6, 5

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_topkast.ops import reference
-from hf_topkast.pattern import Pattern
+from hf_topkast.storage import Pattern
 
 
 def problem(shape, tokens=7, shares=(0.3, 0.6), dtype=torch.float64, seed=0, block_size=(1, 1)):

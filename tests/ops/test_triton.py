@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import TopKastController, ops, sparsify
 from hf_topkast.ops import masked_linear, reference
-from hf_topkast.pattern import Pattern, spread_blocks
-from hf_topkast.selection import top_mask
+from hf_topkast.sets.selection import top_mask
+from hf_topkast.storage import Pattern, spread_blocks
 
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -12,7 +12,7 @@ run on the CPU in its interpreter.
 import torch
 from torch import Tensor
 
-from ...pattern import Pattern
+from ...storage import Pattern
 from . import block_sparse, expand
 from .launch import as_rows, on_device
 

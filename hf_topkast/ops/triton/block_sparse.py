@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...pattern import GRAIN, Pattern
+from ...storage import GRAIN, Pattern
 from .launch import INTERPRETED
 from .tiles import (
     GRADIENT_KEY,

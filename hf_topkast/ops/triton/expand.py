@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...pattern import Pattern
+from ...storage import Pattern
 from ..reference import rows_per_chunk
 
 

@@ -1,0 +1,179 @@
+"""What goes into the files of a checkpoint and comes out of them: α under the stock names, and the state beside it."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..layers import TopKastLayer
+from ..ops.reference import expand_active
+from ..storage import STRUCTURE, TRACKING, Pattern, assemble_theta, is_sharded, local, pack_bits, part_of, shard_like
+from ..surgery import sparse_info, sparse_layers
+from .state_file import STATE_NAME, CheckpointError, SparseState, digest, read_state
+
+
+LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING)
+
+
+def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], SparseState]:
+    """
+    Splits a sparse model's state dict into what stock readers know and what only training needs.
+
+    Args:
+        model (`torch.nn.Module`): the sparse model; says which keys belong to sparse layers.
+        state_dict (`dict[str, torch.Tensor]`): its state dict, or one gathered for it.
+
+    Returns:
+        `tuple`: the state dict of the dense model, with α as the projections' weights, and the [`SparseState`].
+    """
+    stock = dict(state_dict)
+    tensors: dict[str, Tensor] = {}
+    shapes, digests = {}, {}
+    for name, layer in sparse_layers(model):
+        own = {key: stock.pop(f"{name}.{key}").cpu() for key in LAYER_TENSORS}
+        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.shape, layer.block_size)
+        active = pattern.active_mask()
+        alpha = expand_active(own["values"], pattern)
+        stock[f"{name}.weight"] = layer.to_stock(alpha)
+        tensors[f"{name}.active"] = pack_bits(active)
+        tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
+        tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
+        tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
+        shapes[name], digests[name] = pattern.shape, digest({"weight": alpha[active]})
+    info = sparse_info(model)
+    return stock, SparseState(tensors, info.config, shapes, digests, info.step)
+
+
+def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = False) -> Tensor:
+    """
+    θ of one layer from α, as `model.safetensors` holds it, and the state.
+
+    Args:
+        alpha (`torch.Tensor`): (out, in).
+        state ([`SparseState`]): the state saved with it.
+        name (`str`): the layer.
+        exact (`bool`, *optional*, defaults to `False`): refuses α in another dtype than it was saved in, in place of
+            rounding the rest alike.
+
+    Returns:
+        `torch.Tensor`: (out, in), in the dtype and on the device of `alpha`.
+
+    Raises:
+        CheckpointError: if the weights were not saved together with this state.
+    """
+    if state.shapes.get(name) != tuple(alpha.shape):
+        raise CheckpointError(
+            f"{STATE_NAME} belongs to another model: layer '{name}' has shape {tuple(alpha.shape)} (out, in) in the "
+            f"model and {state.shapes.get(name, 'no entry')} in the state."
+        )
+    active = state.masks(name)[0].to(alpha.device)
+    rest = state.tensors[f"{name}.rest"]
+    same_dtype = alpha.dtype == rest.dtype  # from_pretrained(dtype=...) has rounded them otherwise
+    mixed = digest({"weight": alpha[active]}) != state.digests[name] if same_dtype else exact
+    if mixed or bool(alpha[~active].any()):
+        raise CheckpointError(
+            f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
+            "written with. Keep the two files of one checkpoint together."
+        )
+    return alpha.masked_scatter(~active, rest.to(alpha))
+
+
+def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseState:
+    """
+    Loads a directory written by `save_pretrained` into a sparse model of the same shapes, bit by bit.
+
+    Args:
+        model (`torch.nn.Module`): a sparse model.
+        directory (`str` or `os.PathLike`): a checkpoint directory.
+
+    Returns:
+        [`SparseState`]: what the state file held.
+
+    Raises:
+        CheckpointError: if the state file is missing, damaged, or of another model or version. The model is unchanged
+            then.
+    """
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
+    state = read_state(directory)
+    if state.compact:
+        raise CheckpointError(
+            f"{directory} is a compact export, without the weights outside A: load it with from_pretrained, and start "
+            "a new training from it."
+        )
+    layers = dict(sparse_layers(model))
+    if set(layers) != set(state.shapes):
+        odd = sorted(set(layers) ^ set(state.shapes))[0]
+        place = "the model" if odd in layers else "the checkpoint"
+        raise CheckpointError(
+            f"{Path(directory) / STATE_NAME} belongs to another model: layer '{odd}' is sparse only in {place}. "
+            "Sparsify the model with the target_modules of the checkpoint, or load it with from_pretrained."
+        )
+    for name, layer in layers.items():
+        if list(layer.block_size) != state.config.block_size:
+            raise CheckpointError(
+                f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
+                f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
+            )
+    weights = _read_weights(Path(directory))
+    _check_weights(model, weights, directory)
+    for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
+        restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
+    for name, layer in layers.items():
+        restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
+    own = model.state_dict()
+    weights = {key: shard_like(t, own[key]) if is_sharded(own[key]) else t for key, t in weights.items()}
+    model.load_state_dict(weights, strict=False)
+    sparse_info(model).step = state.step
+    return state
+
+
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], directory: str | os.PathLike):
+    """Whether a checkpoint has the weights of a model, names and shapes; of tied ones it holds only one."""
+    own = model.state_dict()
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    for name, layer in sparse_layers(model):
+        for key in LAYER_TENSORS:
+            shapes.pop(f"{name}.{key}")
+        shapes[f"{name}.weight"] = layer.shape[::-1] if layer.stores_transposed else layer.shape
+    unknown = [key for key in weights if key not in shapes]
+    held = {local(own[key]).data_ptr() for key in weights if key in own}
+    for key, shape in shapes.items():
+        found = tuple(weights[key].shape) if key in weights else None
+        tied = found is None and key in own and local(own[key]).data_ptr() in held
+        if unknown or (found != shape and not tied):
+            raise CheckpointError(
+                f"{directory} belongs to another model: "
+                + (
+                    f"it has '{unknown[0]}'."
+                    if unknown
+                    else f"'{key}' is {found or 'missing'} there and {shape} here."
+                )
+            )
+
+
+def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: str):
+    """Gives a sparse layer the weights and the sets of a checkpoint; `theta` is (out, in)."""
+    device = layer.values.device
+    active, backward = (mask.to(device) for mask in state.masks(name))
+    layer.reassign(active, backward, theta.to(device, layer.values.dtype))
+    local(layer.unvisited).copy_(part_of(state.tensors[f"{name}.unvisited"], layer.unvisited))
+    layer.initial_reservoir_size.copy_(state.tensors[f"{name}.initial_reservoir_size"])
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    names = [SAFE_WEIGHTS_NAME]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            weights.update(load_file(directory / name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{directory / name} is missing or damaged ({error}).") from error
+    return weights

@@ -1,0 +1,113 @@
+"""What both sparse layers share: what they compute, and how they look from outside."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import masked_linear, prepare_one_token, runs_one_token, select_backend
+from ..ops.reference import expand_active
+from ..storage import Pattern, SparseStorage, full, local, sum_over_ranks, unpack_bits
+from .readonly import ReadOnlyTensor
+
+
+class TopKastLayer(SparseStorage):
+    """What both sparse layers share: the masked product, and views of the weights and sets in the stock layout."""
+
+    def _build(
+        self,
+        dense: nn.Module,
+        active: Tensor,
+        backward: Tensor,
+        backend: str,
+        reservoir_device: str,
+        block_size: tuple[int, int],
+    ):
+        """Takes over weights, bias and mode of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
+        self._store(dense, active, backward, reservoir_device, block_size)
+        self.backend = select_backend(backend)
+        self._one_token = None
+        self.register_parameter("bias", dense.bias)
+        self.train(dense.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x·αᵀ + b: (..., in) → (..., out)."""
+        if runs_one_token(x, self._features()[0], self.backend):
+            product = self._one_token
+            if product is None or not product.fits(self._parameters, self._buffers):
+                values, bias = self.values, self.bias  # kept through the call: a parametrised bias is made for it
+                product = self._one_token = prepare_one_token(values, self.pattern, bias)
+            if product is not None:
+                return product(x)
+        return masked_linear(x, self.values, self.pattern, self.bias, self.backend)
+
+    @property
+    def density(self) -> float:
+        """|A| / n."""
+        return self.active_count / self.numel
+
+    @property
+    def backward_density(self) -> float:
+        """|B| / n."""
+        return self.values.numel() / self.numel
+
+    @property
+    def weight(self) -> Tensor:
+        """
+        α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as
+        that of the product does, for models that multiply by it themselves.
+        """
+        return self.to_stock(_Alpha.apply(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
+
+    @property
+    def active_mask(self) -> Tensor:
+        """A as a dense bool mask in the stock layout."""
+        return self.to_stock(self.pattern.active_mask())
+
+    @property
+    def backward_mask(self) -> Tensor:
+        """B as a dense bool mask in the stock layout."""
+        return self.to_stock(self.pattern.backward_mask())
+
+    @property
+    def reservoir_use(self) -> float:
+        """Share of the first reservoir that has been in A since (the paper's appendix: about 5%)."""
+        total = int(self.initial_reservoir_size)
+        if not total:
+            return 0.0
+        packed = local(self.unvisited)
+        unvisited = sum_over_ranks(unpack_bits(packed, 8 * packed.numel()).sum(), self.unvisited)
+        return 1 - int(unvisited) / total
+
+    def dense_weight(self) -> Tensor:
+        """θ, the full weight with its reservoir, dense, in the stock layout: a copy."""
+        return self.to_stock(self.theta())
+
+    def reset_parameters(self):
+        """Refuses what `nn.Linear` does: an initialisation would write to a copy of the dense weight, and be lost."""
+        raise RuntimeError("A sparse layer cannot be initialised anew: initialise the dense model, then sparsify it.")
+
+    def extra_repr(self) -> str:
+        """Shape and densities, as `print(model)` shows them."""
+        in_features, out_features = self._features()
+        density = "on the meta device" if self.values.is_meta else f"{self.density:.4g}"
+        return (
+            f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}, "
+            f"density={density}, backward_density={self.backward_density:.4g}"
+            + (f", block_size={self.block_size}" if self.block_size != (1, 1) else "")
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class _Alpha(torch.autograd.Function):
+    """α, (out, in), whose gradient goes straight through to all of B (the paper's §2.2)."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, pattern: Pattern) -> Tensor:
+        ctx.pattern = pattern
+        alpha = expand_active(values, pattern)
+        return torch.ops.aten._unsafe_view(alpha, alpha.shape)  # no view of a local tensor: may be changed in place
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.flatten()[ctx.pattern.flat_index()], None

@@ -1,0 +1,171 @@
+"""Which sets the layers of one model get under one configuration: their sizes, and then their members."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TopKastConfig
+from ..storage import spread_blocks
+from .distribution import DISTRIBUTIONS
+from .fused import Rows, find_parts
+from .methods import get_method
+from .methods.topkast import choose_of_pruned
+from .schedule import backward_density_of, scheduled_density
+from .selection import block_norms, set_size
+
+
+Sizes = list[tuple[int, int]]
+
+
+class SetPlan:
+    """
+    Chooses A and B for the layers of a model, at first and at every refresh.
+
+    Args:
+        model (`torch.nn.Module`): the model, before or after its layers became sparse.
+        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, by its name in `model`.
+        config ([`TopKastConfig`]): the settings.
+
+    Raises:
+        ValueError: if there is no such method, if an entry of `density_overrides` matches no layer, or if
+            `split_fused` finds no fused layer or one that it cannot split.
+    """
+
+    def __init__(self, model: nn.Module, shapes: dict[str, tuple[int, int]], config: TopKastConfig):
+        self.config, self.method = config, get_method(config.method)
+        height, width = config.block_size
+        # From here on, shapes, rows and sizes count blocks.
+        self.shapes = {name: (rows // height, columns // width) for name, (rows, columns) in shapes.items()}
+        self.parts: dict[str, list[Rows]] = {name: [slice(None)] for name in shapes}
+        if config.split_fused:
+            found = find_parts(model, shapes)
+            self.parts = {
+                name: [block_rows(name, rows, shapes[name][0], height) for rows in found[name]] for name in shapes
+            }
+        self.overrides = match_overrides(config.density_overrides or {}, shapes)
+
+    def sizes(self, left: float, exploring: bool, read: Callable[[str], Tensor]) -> dict[str, Sizes]:
+        """
+        |A| and |B| of every part of every layer, in blocks.
+
+        Args:
+            left (`float`): share of the density schedule's way that is left, see [`way_left`].
+            exploring (`bool`): whether B is larger than A.
+            read (`Callable`): the (out, in) weight of a layer, by name. With `density="nonzero"` only which entries
+                are not zero counts, and may be given as a bool mask.
+
+        Raises:
+            ValueError: if `density="nonzero"` finds no weight that is not zero in some layer, or no zero in any.
+        """
+        if self.config.density == "nonzero":
+            return self._nonzero_sizes(exploring, read)
+        sizes: dict[str, Sizes] = {}
+        for name, final in self.overrides.items():
+            pair = self._densities(final, left, exploring)
+            numbers = [rows * columns for rows, columns in self._part_shapes(name)]
+            sizes[name] = [tuple(set_size(numel, density) for density in pair) for numel in numbers]
+
+        names = [name for name in self.shapes if name not in sizes]
+        shapes = [shape for name in names for shape in self._part_shapes(name)]
+
+        def magnitudes():
+            for name in names:
+                scores = self._scores(read(name))
+                yield from (scores[rows].abs() for rows in self.parts[name])
+
+        pair = self._densities(self.config.density, left, exploring)
+        pairs = zip(*DISTRIBUTIONS[self.config.distribution](shapes, pair, magnitudes))
+        sizes.update({name: [next(pairs) for _ in self.parts[name]] for name in names})
+        return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in self.shapes}
+
+    def choose(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """A and B of one layer as bool masks of the shape of `theta`, (out, in)."""
+        choose = choose_of_pruned if self.config.density == "nonzero" else self.method.choose
+        scores = self._scores(theta)
+        active, backward = (torch.zeros_like(scores, dtype=torch.bool) for _ in range(2))
+        for rows, (size, backward_size) in zip(self.parts[name], sizes):
+            active[rows], backward[rows] = choose(scores[rows], size, backward_size)
+        if self.config.block_size == [1, 1]:
+            return active, backward
+        return spread_blocks(active, self.config.block_size), spread_blocks(backward, self.config.block_size)
+
+    def _scores(self, theta: Tensor) -> Tensor:
+        """What is ranked by magnitude: the weights, or the norms of their blocks."""
+        return theta if self.config.block_size == [1, 1] else block_norms(theta, self.config.block_size)
+
+    def _densities(self, final: float, left: float, exploring: bool) -> tuple[float, float]:
+        density = scheduled_density(final, left, self.config)
+        return density, backward_density_of(density, self.config, exploring)
+
+    def _part_shapes(self, name: str) -> list[tuple[int, int]]:
+        out_features, in_features = self.shapes[name]
+        return [
+            (len(range(out_features)[rows]) if isinstance(rows, slice) else len(rows), in_features)
+            for rows in self.parts[name]
+        ]
+
+    def _nonzero_sizes(self, exploring: bool, read: Callable[[str], Tensor]) -> dict[str, Sizes]:
+        sizes: dict[str, Sizes] = {}
+        zeros = 0
+        for name in self.shapes:
+            kept = self._scores(read(name))
+            counts = [int(kept[rows].count_nonzero()) for rows in self.parts[name]]
+            if 0 in counts:
+                raise ValueError(
+                    f"density='nonzero': layer '{name}'{' has a part that' if len(counts) > 1 else ''} holds only "
+                    "zeros, so its active set would be empty. Name it in exclude_modules, or give a number as density."
+                )
+            numbers = [rows * columns for rows, columns in self._part_shapes(name)]
+            zeros += sum(numbers) - sum(counts)
+            sizes[name] = [(count, self._nonzero_backward(count, n, exploring)) for count, n in zip(counts, numbers)]
+        if not zeros:
+            raise ValueError(
+                f"density='nonzero' takes the zeros of a pruned model, but the {len(sizes)} layers to be made sparse "
+                "hold none. Load the pruned weights first, or give a number as density."
+            )
+        return sizes
+
+    def _nonzero_backward(self, count: int, numel: int, exploring: bool) -> int:
+        if not exploring:
+            return count
+        if self.config.backward_density is None:
+            return min(numel, 2 * count) if self.method.refreshes else count
+        return max(count, set_size(numel, self.config.backward_density))
+
+
+def match_overrides(overrides: dict[str, float], names) -> dict[str, float]:
+    """
+    The density of each layer that an override names; the first that matches its whole name counts.
+
+    Raises:
+        ValueError: if an override matches no layer.
+    """
+    for pattern in overrides:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(
+                f"density_overrides: {pattern!r} matches the whole name of no layer that becomes sparse. They are "
+                f"{', '.join(list(names)[:12])}{', ...' if len(names) > 12 else ''}."
+            )
+    matches = ((name, [key for key in overrides if re.fullmatch(key, name)]) for name in names)
+    return {name: overrides[found[0]] for name, found in matches if found}
+
+
+def block_rows(name: str, rows: Rows, out_features: int, height: int) -> Rows:
+    """
+    The rows of blocks that a part's rows fill.
+
+    Raises:
+        ValueError: if a block lies in two parts.
+    """
+    if height == 1:
+        return rows
+    places = torch.arange(out_features)[rows]
+    blocks = places[::height] // height
+    if not torch.equal((blocks[:, None] * height + torch.arange(height)).flatten(), places):
+        raise ValueError(
+            f"split_fused=True: a block of {height} rows of layer '{name}' would lie in two of its parts. Choose a "
+            "block_size that divides the head size, or leave split_fused out."
+        )
+    return blocks

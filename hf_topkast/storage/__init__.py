@@ -1,0 +1,47 @@
+"""
+What a sparse layer keeps, and where: the values of B, their structure, the reservoir outside B, and the parts of them
+that each process holds.
+"""
+
+from .distributed import (
+    check_agreement,
+    full,
+    is_sharded,
+    local,
+    part_of,
+    prefix_here,
+    raise_together,
+    set_digest,
+    shard_like,
+    sum_over_ranks,
+    world_size,
+)
+from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
+from .reservoir import Arriving, assemble_theta
+from .store import STRUCTURE, TRACKING, Moment, SparseStorage
+
+
+__all__ = [
+    "GRAIN",
+    "STRUCTURE",
+    "TRACKING",
+    "Arriving",
+    "Moment",
+    "Pattern",
+    "SparseStorage",
+    "assemble_theta",
+    "check_agreement",
+    "full",
+    "is_sharded",
+    "local",
+    "pack_bits",
+    "part_of",
+    "prefix_here",
+    "raise_together",
+    "set_digest",
+    "shard_like",
+    "spread_blocks",
+    "sum_over_ranks",
+    "unpack_bits",
+    "world_size",
+]

@@ -1,0 +1,34 @@
+"""
+Which layers of a model become sparse, the swap of dense layers for sparse ones and back, and what a sparse model
+carries as a whole.
+"""
+
+from .counts import SparsityCounts, count_sparsity
+from .replace import (
+    SparseInfo,
+    densify,
+    make_sparse,
+    mark_sparse,
+    replace_module,
+    sparse_info,
+    sparse_layers,
+    sparse_root,
+    sparsify,
+    weight_rows,
+)
+
+
+__all__ = [
+    "SparseInfo",
+    "SparsityCounts",
+    "count_sparsity",
+    "densify",
+    "make_sparse",
+    "mark_sparse",
+    "replace_module",
+    "sparse_info",
+    "sparse_layers",
+    "sparse_root",
+    "sparsify",
+    "weight_rows",
+]

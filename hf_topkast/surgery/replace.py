@@ -1,0 +1,208 @@
+"""The swap of dense layers for sparse ones, and back, and what a sparse model carries as a whole."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TopKastConfig
+from ..layers import TopKastLayer, sparse_type
+from ..ops import select_backend
+from ..sets import SetPlan, check_finite
+from .targets import find_targets
+
+
+logger = logging.get_logger(__name__)
+
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
+
+@dataclass
+class SparseInfo:
+    """
+    What a sparse model carries as a whole, as the attribute `topkast`.
+
+    Attributes:
+        config ([`TopKastConfig`]): the settings it was made sparse with.
+        step (`int`): optimizer steps that a controller has counted.
+    """
+
+    config: TopKastConfig
+    step: int = 0
+
+
+def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) -> nn.Module:
+    """
+    Replaces projections of a model by truly sparse Top-KAST layers, in place.
+
+    By default these are the attention and MLP projections inside the decoder blocks (`nn.Linear` and GPT-2's
+    `Conv1D`); embeddings, the head and whatever is tied to them, norms, biases and routers stay dense. Call it after
+    the model is initialised or loaded, and before the optimizer is made.
+
+    Args:
+        model (`torch.nn.Module`): a transformers model, or any module if `target_modules` says where.
+        config ([`TopKastConfig`], *optional*): the settings.
+        settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
+
+    Returns:
+        `torch.nn.Module`: the same object.
+
+    Raises:
+        ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
+            no layer matches (the message lists candidates), if a named layer is of an unsupported type or tied to
+            another, if blocks do not fill a layer, if a weight is NaN, infinite or not loaded yet, or as [`SetPlan`]
+            says. The model is unchanged then.
+    """
+    if config is not None and settings:
+        raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
+    config = config or TopKastConfig(**settings)
+    if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
+        sparsify(model._orig_mod, config)
+        return model
+    already = [name for name, _ in sparse_layers(model)]
+    if already:
+        raise ValueError(
+            f"The model is sparse already ({len(already)} layers, the first is '{already[0]}'). Call densify(model) "
+            "first to start again with other settings."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
+            "get_peft_model (or add_adapter) on the sparse model."
+        )
+    select_backend(config.backend)
+    targets = find_targets(model, config)
+    for name, dense in targets.items():  # all before the first swap, so that an error leaves the model as it was
+        if dense.weight.is_meta:
+            raise ValueError(
+                f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
+            )
+        check_finite(dense.weight.detach(), name)
+        _check_blocks(name, weight_rows(dense).shape, config.block_size)
+    plan = SetPlan(model, {name: tuple(weight_rows(dense).shape) for name, dense in targets.items()}, config)
+    sizes = plan.sizes(left=1.0, exploring=True, read=lambda name: weight_rows(targets[name]))
+    for name in list(targets):
+        dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
+        active, backward = plan.choose(name, weight_rows(dense), sizes[name])
+        replace_module(model, dense, make_sparse(dense, active, backward, config))
+    mark_sparse(model, SparseInfo(config))
+    _log_summary(model)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """
+    Puts ordinary dense layers with the weights α back, in place: the model computes what the sparse one did.
+
+    A layer that was a `Conv1D` comes back as one. The weights outside A are gone, as their α is zero.
+
+    Args:
+        model (`torch.nn.Module`): a model with sparse layers.
+
+    Returns:
+        `torch.nn.Module`: the same object.
+
+    Raises:
+        ValueError: if the model has no sparse layer.
+    """
+    names = [name for name, _ in sparse_layers(model)]
+    if not names:
+        raise ValueError("The model has no sparse layer, so there is nothing to densify.")
+    for name in names:
+        layer = model.get_submodule(name)
+        replace_module(model, layer, layer.to_dense(layer.weight.detach().clone()))
+    for module in model.modules():
+        module.__dict__.pop("topkast", None)
+        module.__dict__.pop(DDP_IGNORES, None)
+    return model
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, TopKastLayer]]:
+    """Yields the name and the module of every sparse layer, each once, in the order of `named_modules`."""
+    for name, module in model.named_modules():
+        if isinstance(module, TopKastLayer):
+            yield name, module
+
+
+def mark_sparse(model: nn.Module, info: SparseInfo):
+    """Leaves `info` on the model and on the transformers models inside it, which may be saved by themselves."""
+    for module in model.modules():
+        if module is model or isinstance(module, PreTrainedModel):
+            module.topkast = info
+            keep_buffers_from_ddp(module)
+
+
+def keep_buffers_from_ddp(model: nn.Module):
+    """
+    Tells DDP, by the attribute it reads from what it wraps, to leave the buffers of sparse layers alone: it would send
+    structure and reservoir to every rank before each forward pass, and gloo cannot send 16-bit integers at all.
+    """
+    buffers = [f"{name}.{key}" for name, layer in sparse_layers(model) for key, _ in layer.named_buffers()]
+    others = set(getattr(model, DDP_IGNORES, ())) - set(buffers)
+    setattr(model, DDP_IGNORES, [*sorted(others), *buffers])
+
+
+def sparse_info(model: nn.Module) -> SparseInfo:
+    """
+    What [`sparsify`] left on a model, also where wrappers (DDP, compile) stand around it.
+
+    Raises:
+        ValueError: if the model has no sparse layers, or if several calls of [`sparsify`] made them.
+    """
+    infos = {id(info): info for module in model.modules() if (info := module.__dict__.get("topkast")) is not None}
+    if not infos or next(sparse_layers(model), None) is None:
+        raise ValueError("The model has no sparse layers: call sparsify(model, density=...) before training.")
+    if len(infos) > 1:
+        raise ValueError(
+            f"The model was made sparse by {len(infos)} calls of sparsify on parts of it, each with its own settings. "
+            "Use one call for the whole model, and target_modules to choose the layers."
+        )
+    return next(iter(infos.values()))
+
+
+def sparse_root(model: nn.Module) -> nn.Module:
+    """The module that [`sparsify`] was called on, inside the wrappers (DDP) that stand around it by now."""
+    return next(module for module in model.modules() if "topkast" in module.__dict__)
+
+
+def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
+    """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
+    settings = config.backend, config.reservoir_device, tuple(config.block_size)
+    return sparse_type(dense)(dense, active, backward, *settings)
+
+
+def weight_rows(dense: nn.Module) -> Tensor:
+    """The weight of a convertible layer as (out, in), whatever its stock layout; detached."""
+    return sparse_type(dense).to_rows(dense.weight.detach())
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
+    """Puts `new` in every place of `model` that holds the object `old`."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children would skip a second place
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
+    if shape[0] % block_size[0] or shape[1] % block_size[1]:
+        raise ValueError(
+            f"Layer '{name}' is {shape[0]}×{shape[1]} (out × in), which blocks of {block_size[0]}×{block_size[1]} do "
+            "not fill. Choose a block_size that divides the shape, or name the layer in exclude_modules."
+        )
+
+
+def _log_summary(model: nn.Module):
+    layers = [layer for _, layer in sparse_layers(model)]
+    total = sum(layer.numel for layer in layers)
+    active = sum(layer.active_count for layer in layers)
+    stored = sum(layer.values.numel() for layer in layers)
+    dense_rest = sum(p.numel() for p in model.parameters()) - stored
+    logger.info(
+        f"Top-KAST: {len(layers)} layers with {total:,} weights are sparse at density {active / total:.4g} "
+        f"(backward {stored / total:.4g}); {stored:,} of them are trainable, and {dense_rest:,} other parameters stay "
+        "dense."
+    )

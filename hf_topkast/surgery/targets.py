@@ -1,0 +1,152 @@
+"""Which layers of a model become sparse."""
+
+import re
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+
+from ..config import TopKastConfig
+from ..layers import SPARSE_TYPES, sparse_type
+
+
+# Routers of mixture-of-experts blocks: tiny, and a pruned one would cut experts off.
+ROUTER_NAME = re.compile(r"(^|_)(gate|router)$")
+
+
+def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module]:
+    """
+    The dense layers that `config` makes sparse, by name.
+
+    Raises:
+        ValueError: as [`sparsify`] says.
+    """
+    if sparse_type(model) is not None:
+        raise ValueError(
+            f"The model is a single {type(model).__name__}, which cannot be replaced in place: put it into a module, "
+            "such as nn.Sequential(layer), and sparsify that."
+        )
+    shared, rule, excluded = _tied_weights(model), config.target_modules, config.exclude_modules
+    for field in ("target_modules", "exclude_modules"):
+        _check_every_entry_matches(model, field, getattr(config, field))
+    if rule is None or rule == "all-linear":
+        _check_nothing_stacked(model, excluded)
+        chosen = _projections(model, shared, blocks_only=rule is None)
+    else:
+        chosen = {name: module for name, module in model.named_modules() if name and _names(rule, name, module)}
+    targets = {name: module for name, module in chosen.items() if not _matches(name, excluded)}
+    for name, module in targets.items():
+        _check_supported(name, module, shared)
+    if not targets:
+        raise ValueError(f"No layer of {type(model).__name__} is left to be made sparse: {_candidates(model)}")
+    return targets
+
+
+def _projections(model: nn.Module, shared: set[int], blocks_only: bool) -> dict[str, nn.Module]:
+    """Every convertible layer but the head, routers and tied weights; all of them or those inside the blocks."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    blocks = _block_modules(model)
+    return {
+        name: module
+        for name, module in _convertible(model).items()
+        if module is not head
+        and id(module.weight) not in shared
+        and not ROUTER_NAME.search(name.rpartition(".")[2])
+        and (not blocks_only or name in blocks)
+    }
+
+
+def _convertible(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if sparse_type(module) is not None}
+
+
+def _block_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What lies in stacks of repeated blocks, under an `nn.ModuleList`, except in towers for images or sound."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    towers = [module for module in model.modules() if module is not model and not _reads_text(module)]
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    inside -= {id(module) for tower in towers for module in tower.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) in inside}
+
+
+def _reads_text(module: nn.Module) -> bool:
+    return not isinstance(module, PreTrainedModel) or "text" in getattr(module, "input_modalities", "text")
+
+
+def _check_nothing_stacked(model: nn.Module, excluded: list[str] | str | None):
+    """Experts as one 3-D parameter hold most of a model's weights: they must not stay dense unnoticed."""
+    stacked = {
+        name: f"'{name}.{key}' {tuple(parameter.shape)}"
+        for name, module in _block_modules(model).items()
+        if not isinstance(module, _ConvNd) and not _matches(name, excluded)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape[1:]) > 1
+    }
+    if stacked:
+        leaves = sorted({name.rpartition(".")[2] for name in stacked})
+        raise ValueError(
+            f"{type(model).__name__} has {next(iter(stacked.values()))}: several matrices in one parameter, as "
+            f"mixture-of-experts models hold their experts. They cannot be made sparse; only {_supported()} can. To "
+            f"keep them dense and make the other projections sparse say exclude_modules={leaves}."
+        )
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module owns."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _matches(name: str, rule: list[str] | str | None) -> bool:
+    """PEFT's rules: a regular expression for the whole name, or a list of names matched by suffix."""
+    if rule is None:
+        return False
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in rule)
+
+
+def _names(rule: list[str] | str, name: str, module: nn.Module) -> bool:
+    """A regular expression may sweep over containers and activations; a name in a list means that very module."""
+    has_weights = next(module.parameters(recurse=False), None) is not None
+    return _matches(name, rule) and (has_weights or not isinstance(rule, str))
+
+
+def _check_every_entry_matches(model: nn.Module, field: str, rule: list[str] | str | None):
+    """A misspelt name must not pass unnoticed beside others that match."""
+    if rule is None or rule == "all-linear":
+        return
+    for entry in [rule] if isinstance(rule, str) else [[name] for name in rule]:
+        if not any(_matches(name, entry) for name, _ in model.named_modules()):
+            raise ValueError(
+                f"{field}={rule!r}: nothing in {type(model).__name__} matches {entry!r}. Give suffixes of module "
+                "names, one regular expression for a whole name, or for target_modules 'all-linear'. "
+                f"{_candidates(model)}"
+            )
+
+
+def _check_supported(name: str, module: nn.Module, shared: set[int]):
+    if sparse_type(module) is None:
+        raise ValueError(
+            f"target_modules names '{name}', a {type(module).__name__}, which cannot be made sparse: only "
+            f"{_supported()} can. Name those layers, or use exclude_modules."
+        )
+    if id(module.weight) in shared:
+        raise ValueError(
+            f"target_modules names '{name}', but its weight is tied to another module's and must stay dense. "
+            "Add it to exclude_modules, or untie the weights first (tie_word_embeddings=False)."
+        )
+
+
+def _supported() -> str:
+    return " and ".join(kind.__name__ for kind in SPARSE_TYPES)
+
+
+def _candidates(model: nn.Module) -> str:
+    names = list(_convertible(model))
+    if not names:
+        return "it has no nn.Linear and no Conv1D."
+    return f"Candidates: {', '.join(names[:12])}" + (f", ... ({len(names)} in all)." if len(names) > 12 else ".")

@@ -1,0 +1,96 @@
+"""Sets for a coming refresh, chosen by a thread while training goes on (`refresh_lag`)."""
+
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers import TopKastLayer
+from ..sets import SetPlan, Sizes
+from ..storage import Moment, pack_bits, unpack_bits
+
+
+class Choice:
+    """
+    The sets of all layers for one refresh, complete or still being chosen.
+
+    Args:
+        key (`list`): for which step and under which settings they are chosen, as JSON types.
+        sets (`dict[str, torch.Tensor]` or `Future`): A and B by layer, as packed bits, uint8, (2, ceil(n / 8)), on the
+            host. A thread that fails gives its traceback, a string, in their place.
+    """
+
+    def __init__(self, key: list, sets: dict[str, Tensor] | Future):
+        self.key = key
+        self._sets = sets
+
+    def sets(self) -> dict[str, Tensor]:
+        """
+        The sets; waits for the thread.
+
+        Raises:
+            RuntimeError: if the thread could not choose them; the message says why.
+        """
+        if isinstance(self._sets, Future):
+            found = self._sets.result()
+            if isinstance(found, str):
+                raise RuntimeError(f"A thread could not choose the sets of the next refresh.\n{found}")
+            self._sets = found
+        return self._sets
+
+    def __reduce__(self):  # of a copy, which has no thread
+        return Choice, (self.key, self.sets())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The key, and the sets as tensors; waits for the thread."""
+        return {"key": self.key, "sets": self.sets()}
+
+
+def choose_ahead(
+    key: list,
+    layers: dict[str, TopKastLayer],
+    plan: SetPlan,
+    sizes: Callable[[dict[str, Moment]], dict[str, Sizes]],
+) -> Choice:
+    """
+    Starts a thread that chooses sets from the weights as they are now.
+
+    It works where the reservoir rests: with `reservoir_device="cpu"` or `"disk"` on the host, so that the accelerator
+    has only to copy what it holds, values and pattern. That copy, 6 bytes for each weight of B in float32, goes layer
+    by layer; the sets that are found take n / 4 bytes. At work, the thread holds θ and masks of one layer.
+
+    Args:
+        key (`list`): what the choice is for, see [`Choice`].
+        layers (`dict[str, TopKastLayer]`): the layers, by name.
+        plan ([`SetPlan`]): chooses the members.
+        sizes (`Callable`): gives the sizes of the sets from the layers' numbers at this moment; called in the thread.
+    """
+    moments = {name: layer.moment() for name, layer in layers.items()}
+    on_gpu = any(moment.values.is_cuda for moment in moments.values())
+    stream = torch.cuda.current_stream() if on_gpu else None  # behind what has still to be written
+    thread = ThreadPoolExecutor(1, thread_name_prefix="topkast")
+    choice = Choice(key, thread.submit(_choose, moments, plan, sizes, stream))
+    thread.shutdown(wait=False)  # ends once all is done
+    return choice
+
+
+def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
+    """A and B of a layer as bool masks, (out, in), on its device."""
+    active, backward = (unpack_bits(bits, layer.numel).view(layer.shape) for bits in sets.to(layer.values.device))
+    return active, backward
+
+
+@torch.no_grad()
+def _choose(moments: dict[str, Moment], plan: SetPlan, sizes: Callable, stream) -> dict[str, Tensor] | str:
+    try:
+        with torch.cuda.stream(stream):  # nothing without one
+            wanted, chosen = sizes(moments), {}
+            for name in list(moments):
+                masks = plan.choose(name, moments.pop(name).theta(), wanted[name])
+                chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
+    except Exception:
+        return traceback.format_exc()  # the exception itself would keep θ of a layer alive until it is raised
+    return chosen

@@ -1,0 +1,78 @@
+"""The Top-KAST schedule as a callback of `transformers.Trainer`, with its place in a checkpoint."""
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from ..checkpoints import CheckpointError
+from .controller import TopKastController
+
+
+AHEAD_NAME = "topkast_ahead.pt"  # in a checkpoint beside optimizer.pt: sets chosen for the next refresh
+
+
+class TopKastCallback(TrainerCallback, ExportableState):
+    """
+    Runs a [`TopKastController`] during `Trainer.train()`, and saves and restores its step count.
+
+    [`TopKastTrainer`] adds it by itself. It also works in a stock `Trainer`, without resuming and best-model loading,
+    which need [`TopKastTrainerMixin`].
+
+    Attributes:
+        controller ([`TopKastController`]): the one of the running or last training, `None` before the first.
+        wrapped (`torch.nn.Module`, *optional*): the model as DDP has wrapped it, which callbacks are not told.
+        ahead (`dict`, *optional*): sets that the training to be resumed had chosen for its next refresh.
+    """
+
+    def __init__(self):
+        self.controller: TopKastController | None = None
+        self.wrapped: nn.Module | None = None
+        self.ahead: dict | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Makes the controller, once the optimizer is there and a resumed state is loaded."""
+        if self.controller is not None:
+            self.controller.remove()
+        wrapped = model if self.wrapped is None else self.wrapped
+        self.controller = TopKastController(wrapped, optimizer, total_steps=state.max_steps)
+        resumed = state.global_step > 0
+        schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
+        if schedule.get("ahead") and self.ahead is None:
+            raise CheckpointError(
+                f"The checkpoint of step {state.global_step} has no {AHEAD_NAME}, which holds the sets chosen for its "
+                "next refresh, so training cannot be resumed exactly. Keep the files of a checkpoint together."
+            )
+        self.controller.load_state_dict({**schedule, "ahead": self.ahead if schedule.get("ahead") else None})
+        self.ahead = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Adds the `topkast/` metrics for the loggers that come after this callback."""
+        if self.controller is not None and "loss" in logs and "topkast/density" not in logs:
+            logs.update(self.controller.metrics())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leaves the optimizer as it was."""
+        self.controller.remove()
+
+    def state(self) -> dict:
+        """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""
+        return {"args": {}, "attributes": {"saved": self.controller and self.controller.state_dict(ahead=False)}}
+
+
+def saved_schedule(stateful_callbacks: dict, step: int) -> dict:
+    """
+    The controller's state in what Trainer saved of its callbacks.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    exported = stateful_callbacks.get(TopKastCallback.__name__)
+    saved = exported and exported["attributes"]["saved"]
+    if not saved:
+        raise CheckpointError(
+            f"The checkpoint of step {step} has no Top-KAST state in its {TRAINER_STATE_NAME}, so the mask schedule "
+            "cannot be resumed. Resume from a checkpoint that TopKastTrainer wrote, or start a new training from its "
+            "weights (without resume_from_checkpoint)."
+        )
+    return saved

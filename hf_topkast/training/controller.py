@@ -1,0 +1,265 @@
+"""What happens around an optimizer step: the penalty before it, a refresh after it, all from the optimizer's hooks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..layers import TopKastLayer
+from ..storage import local, prefix_here, sum_over_ranks
+from ..surgery import sparse_info, sparse_layers, sparse_root
+from .engines import check_engine, find_ddp
+from .optimizers import check_optimizer, exclude_from_weight_decay, unwrap_optimizer
+from .penalty import add_penalty, penalty_of, shrink
+from .refresher import Refresher
+
+
+logger = logging.get_logger(__name__)
+
+
+class TopKastController:
+    """
+    Runs Top-KAST in any training loop: plain, Accelerate, TRL or Trainer.
+
+    It hooks the optimizer's step and needs no other call. Before a step it adds the exploration penalty, after it it
+    counts the step and, when one is due, chooses A and B again and moves the optimizer's state with its weights.
+
+    Make it after the optimizer and before the learning rate scheduler. The values of sparse layers are taken out of
+    the optimizer's own weight decay: the penalty has its place.
+
+    Args:
+        model (`torch.nn.Module`): a model that [`sparsify`] has made sparse, wrapped or not.
+        optimizer (`torch.optim.Optimizer`): the one that trains it, wrapped by Accelerate or not.
+        total_steps (`int`, *optional*): optimizer steps of the training; needed where `explore_until`,
+            `schedule_begin` or `schedule_end` is a fraction.
+
+    Raises:
+        ValueError: if the model has no sparse layer, if an engine runs it that cannot follow, if the optimizer cannot
+            be used (the message names it and says why), does not hold a trainable layer's values or has a controller
+            already, or if a schedule needs `total_steps` and it is not given.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
+        self.optimizer = unwrap_optimizer(optimizer)
+        check_engine(model, self.optimizer)
+        self._info = sparse_info(model)
+        self._ddp = find_ddp(model)
+        model = model if self._ddp is None else self._ddp.module
+        self.config = self._info.config
+        root = sparse_root(model)
+        self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
+        self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
+        self._exploration_before: dict[str, Tensor] = {}
+
+        values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
+        check_optimizer(self.optimizer, values, self.config.penalty_mode)
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), TopKastController):
+                raise ValueError(
+                    "The optimizer has a TopKastController already, and two would apply everything twice. Call "
+                    "remove() on the first one. (TopKastTrainer makes its own.)"
+                )
+        exclude_from_weight_decay(self.optimizer, values)
+        self._refresher.check_changes()
+        for layer in self.layers.values():
+            layer.shard_rest()
+        self._refresher.check_agreement()
+        self._restarted_from = self.step
+        self.step = 0
+        self._see_layers()
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._on_step_begin),
+            self.optimizer.register_step_post_hook(self._on_step_end),
+        ]
+        if self._refresher.exploration_end == 0:
+            self.end_exploration()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken; kept on the model, so that a checkpoint of the model has it."""
+        return self._info.step
+
+    @step.setter
+    def step(self, step: int):
+        self._info.step = step
+
+    def remove(self):
+        """Takes the hooks off the optimizer: from then on A and B stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # What happens around a step
+
+    @torch.no_grad()
+    def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+            raise ValueError(
+                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the exploration "
+                "penalty cannot reach them. Call loss.backward() first and then step() without a closure."
+            )
+        if self._skips(optimizer):
+            return
+        self._warn_of_restart()
+        self._check_layers()
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self.layers.items():
+            if layer.values.grad is None:
+                continue
+            if id(layer.values) not in groups:
+                raise ValueError(
+                    f"Layer '{name}' has a gradient, but the optimizer does not hold its values: it was unfrozen "
+                    "after the optimizer was made. Make the optimizer and the controller anew."
+                )
+            self._apply_penalty(layer, groups[id(layer.values)])
+            if self.config.exploration_lr_scale != 1:
+                self._exploration_before[name] = local(layer.values)[self._active_here(layer) :].clone()
+
+    def _warn_of_restart(self):
+        """At the first step and not before: between the two the state may be loaded."""
+        if self._restarted_from:
+            logger.warning(
+                f"The model has been trained for {self._restarted_from} steps, and this TopKastController starts its "
+                "schedule (refreshes, explore_until) at step 0. To resume that training, load the optimizer's state "
+                "and call controller.load_state_dict(state), where state is the former controller's state_dict(). To "
+                "start a new one without this warning: controller.load_state_dict({'step': 0})."
+            )
+            self._restarted_from = 0
+
+    def _skips(self, optimizer: Optimizer) -> bool:
+        """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
+        overflow = getattr(optimizer, "found_inf", None)
+        return overflow is not None and bool(overflow)
+
+    def _see_layers(self):
+        """Remembers how often the layers got other sets, and the density that the penalty divides by."""
+        self._seen = {name: layer.assignments for name, layer in self.layers.items()}
+        self._density = self.density
+
+    def _check_layers(self):
+        """Moments must not meet weights that they do not belong to."""
+        for name, count in self._seen.items():
+            if self.layers[name].assignments != count:
+                raise ValueError(
+                    f"Layer '{name}' got other weights (load_state_dict, for example) since the controller last saw "
+                    "it, and the optimizer's state belongs to the former ones. Load the optimizer's state as well, "
+                    "then call controller.load_state_dict; or make a new optimizer and a new controller."
+                )
+
+    def _apply_penalty(self, layer: TopKastLayer, group: dict):
+        if self.config.penalty == 0:
+            return
+        place = self._active_here(layer), self._density
+        if self.config.penalty_mode == "decoupled":
+            shrink(local(layer.values), *place, group["lr"] * self.config.penalty)
+        else:  # a fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike
+            scale = getattr(self.optimizer, "grad_scale", None)
+            add_penalty(local(layer.values.grad), local(layer.values), *place, self.config.penalty, scale)
+
+    @torch.no_grad()
+    def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        if self._skips(optimizer):
+            return
+        for name, before in self._exploration_before.items():
+            layer = self.layers[name]
+            exploration = local(layer.values)[self._active_here(layer) :]
+            exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
+        self._exploration_before.clear()
+        self.step += 1
+        if self._refresher.after_step(self.step):
+            self._see_layers()
+
+    # Changing the sets
+
+    @torch.no_grad()
+    def refresh(self):
+        """
+        Chooses A and B of every layer again from |θ|, layer by layer, in the sizes that the schedules give them now;
+        optimizer state moves with its weight. What was chosen ahead is forgotten. With `method="static"` nothing
+        changes.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite; the message names the layer.
+        """
+        self._refresher.forget_choice()
+        if self._refresher.refresh(self.step):
+            self._see_layers()
+
+    @torch.no_grad()
+    def end_exploration(self):
+        """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
+        self._refresher.end_exploration()
+        self._see_layers()
+
+    @staticmethod
+    def _active_here(layer: TopKastLayer) -> int:
+        """How many of the values that this rank holds belong to A: they come first."""
+        return prefix_here(layer.active_count, layer.values)
+
+    # What is logged and saved
+
+    @property
+    def mask_churn(self) -> float | None:
+        """Share of A's members that left it at the last refresh; `None` before the first."""
+        return self._refresher.mask_churn
+
+    @property
+    def refresh_seconds(self) -> float | None:
+        """How long training waited for the last refresh, in seconds; `None` before the first."""
+        return self._refresher.seconds
+
+    @property
+    def density(self) -> float:
+        """Σ|A| / Σn over the sparse layers, as it is now."""
+        layers = self.layers.values()
+        return sum(layer.active_count for layer in layers) / sum(layer.numel for layer in layers)
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """The penalty at the present values, λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density), in nats like the loss."""
+        total = 0.0
+        for layer in self.layers.values():
+            if not layer.values.requires_grad:
+                continue
+            part = penalty_of(local(layer.values), self._active_here(layer), self._density)
+            total += float(sum_over_ranks(part, layer.values))
+        return self.config.penalty / 2 * total
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers show, under `topkast/`: densities, churn, reservoir use, penalty and the refresh's seconds."""
+        weights = sum(layer.numel for layer in self.layers.values())
+        first_reservoir = [int(layer.initial_reservoir_size) for layer in self.layers.values()]
+        used = sum(layer.reservoir_use * size for layer, size in zip(self.layers.values(), first_reservoir))
+        metrics = {
+            "topkast/density": self.density,
+            "topkast/backward_density": sum(layer.values.numel() for layer in self.layers.values()) / weights,
+            "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
+            "topkast/penalty": self.penalty(),
+        }
+        if self.mask_churn is not None:
+            metrics["topkast/mask_churn"] = self.mask_churn
+        if self.refresh_seconds is not None:
+            metrics["topkast/refresh_seconds"] = self.refresh_seconds
+        return metrics
+
+    def state_dict(self, ahead: bool = True) -> dict[str, Any]:
+        """
+        The step count and the last churn, as JSON types, and with `refresh_lag`, where a refresh was chosen ahead, the
+        sets under `"ahead"`, with tensors (with `ahead=False` only whether it was). Everything else is in the model
+        and the optimizer.
+        """
+        return {"step": self.step, **self._refresher.state_dict(ahead)}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """
+        Continues from [`state_dict`]. Load the model and the optimizer as well.
+
+        Raises:
+            ValueError: if `state` has no step count, or sets for other layers.
+        """
+        if not isinstance(state.get("step"), int):
+            raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
+        self._refresher.load_state_dict(state)
+        self.step, self._restarted_from = state["step"], 0
+        self._see_layers()

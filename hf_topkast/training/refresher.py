@@ -1,0 +1,269 @@
+"""When A and B change and to what, and optimizer state that moves with its weight."""
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..config import TopKastConfig
+from ..layers import TopKastLayer
+from ..sets import SetPlan, Sizes, check_finite, density_window, next_refresh, resolve_step, way_left
+from ..storage import Arriving, Moment, check_agreement, local, raise_together, set_digest, world_size
+from .ahead import Choice, choose_ahead, unpacked
+from .engines import check_lag, check_resizing, rebuild_buckets
+from .optimizers import carry_state, check_state
+
+
+logger = logging.get_logger(__name__)
+
+# What the sets depend on beside the weights, the step and the schedules.
+CHOOSING_SETTINGS = (
+    *("method", "density", "backward_density", "initial_density"),
+    *("distribution", "density_overrides", "split_fused", "block_size"),
+)
+
+
+class Refresher:
+    """
+    Changes the sets of a model's layers when the schedules say so.
+
+    Args:
+        root (`torch.nn.Module`): the model in which the layers have their names.
+        layers (`dict[str, TopKastLayer]`): the sparse layers, by name.
+        config ([`TopKastConfig`]): the settings.
+        optimizer (`torch.optim.Optimizer`): the one whose state moves with the weights.
+        ddp (`DistributedDataParallel`, *optional*): the wrapper whose buckets follow the sizes of the values.
+        total_steps (`int`, *optional*): optimizer steps of the training.
+
+    Attributes:
+        exploration_end (`int`, *optional*): the step after which B is A.
+        mask_churn (`float`, *optional*): share of A's members that left it at the last refresh.
+        seconds (`float`, *optional*): how long training waited for the last refresh.
+
+    Raises:
+        ValueError: if a schedule needs `total_steps` and it is not given, or the plan cannot be made.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: dict[str, TopKastLayer],
+        config: TopKastConfig,
+        optimizer: Optimizer,
+        ddp: DistributedDataParallel | None,
+        total_steps: int | None,
+    ):
+        self.layers, self.config, self.optimizer = layers, config, optimizer
+        self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
+        self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
+        self.exploration_end = resolve_step("explore_until", config, total_steps)
+        self._density_window = density_window(config, total_steps)
+        self._arrived = config.initial_density is not None and self._is_at_final_density()
+        if total_steps is not None and self._density_window is not None and self._density_window[1] > total_steps:
+            logger.warning(
+                f"schedule_end={config.schedule_end!r} lies after the last of {total_steps} steps, so this "
+                f"training does not reach density={config.density}. Give an earlier schedule_end."
+            )
+        self.mask_churn: float | None = None
+        self.seconds: float | None = None
+        self._choice: Choice | None = None
+
+    def check_changes(self):
+        """
+        Whether the engine that runs the model can follow what the settings will change.
+
+        Raises:
+            ValueError: if it cannot; the message names the setting.
+        """
+        explores = any(layer.backward_density > layer.density for layer in self.layers.values())
+        setting = None
+        if self.exploration_end is not None and explores:
+            setting = f"explore_until={self.config.explore_until!r}"
+        elif self._density_window is not None and not self._arrived:
+            setting = f"initial_density={self.config.initial_density!r}"
+        elif self.config.distribution == "global":
+            setting = "distribution='global'"
+        if setting is not None:
+            check_resizing(setting, self.layers.values(), self._ddp)
+        if self.config.refresh_lag:
+            check_lag(self.config.refresh_lag, self.layers.values())
+
+    def after_step(self, step: int) -> bool:
+        """
+        Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead. Says whether
+        layers got other weights.
+        """
+        changed = self._next(step - 1) == step and self.refresh(step)
+        if step == self.exploration_end:
+            self.end_exploration()
+            changed = True
+        if self.config.refresh_lag and self._next(step) == step + self.config.refresh_lag:
+            self._choose_ahead(self._next(step))
+        return changed
+
+    def refresh(self, step: int) -> bool:
+        """
+        Changes A and B of every layer to what was chosen ahead for this step, or chooses them now, in the sizes of the
+        step. Says whether it did: a method may never refresh.
+        """
+        if not self._plan.method.refreshes:
+            return False
+        start = time.perf_counter()
+        self._check_numbers()
+        stored, chosen = self._stored(), self._take_choice(step)
+        sizes = self._sizes(step, self.layers) if chosen is None else {}
+        members = left = 0
+        for name, layer, theta in self._thetas():
+            was_active = layer.pattern.active_mask()
+            if chosen is None:
+                active, backward = self._plan.choose(name, theta, sizes[name])
+            else:
+                active, backward = unpacked(chosen.pop(name), layer)
+            self._reassign(name, active, backward, theta)
+            members += int(was_active.sum())
+            left += int((was_active & ~active).sum())
+        self.check_agreement()
+        if self._ddp is not None and stored != self._stored():
+            rebuild_buckets(self._ddp)
+        self.mask_churn = left / members
+        self.seconds = time.perf_counter() - start
+        return True
+
+    def end_exploration(self):
+        """Makes B := A in every layer."""
+        self._check_numbers()
+        for name, layer, theta in self._thetas():
+            active = layer.pattern.active_mask()
+            self._reassign(name, active, active, theta)
+        if self._ddp is not None:
+            rebuild_buckets(self._ddp)
+
+    def forget_choice(self):
+        """Drops what was chosen ahead."""
+        self._choice = None
+
+    def state_dict(self, ahead: bool = True) -> dict[str, Any]:
+        """
+        The last churn, whether a density schedule had ended before this training, and under `"ahead"` what was chosen
+        for the next refresh, with tensors, which it waits for; with `ahead=False` only whether there is such a choice.
+        """
+        state = {"mask_churn": self.mask_churn, "arrived": self._arrived}
+        if not ahead:
+            return {**state, "ahead": self._choice is not None}
+        return state if self._choice is None else {**state, "ahead": self._choice.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """
+        Continues from [`state_dict`].
+
+        Raises:
+            ValueError: if what was chosen ahead is not for these layers.
+        """
+        self.mask_churn, self._choice, ahead = state.get("mask_churn"), None, state.get("ahead")
+        self._arrived = state.get("arrived", self._arrived)
+        if ahead is None:
+            return
+        expected = {name: (2, -(-layer.numel // 8)) for name, layer in self.layers.items()}
+        found = {name: tuple(sets.shape) for name, sets in ahead["sets"].items() if sets.dtype == torch.uint8}
+        if found != expected:
+            raise ValueError("The sets in the state of this TopKastController, chosen ahead, are of another model.")
+        self._choice = Choice(ahead["key"], dict(ahead["sets"]))
+
+    def check_agreement(self):
+        """
+        Whether all ranks have the same sets.
+
+        Raises:
+            RuntimeError: if they do not, see [`check_agreement`].
+        """
+        if world_size(self._group) > 1:
+            patterns = [(name, layer.pattern) for name, layer in self.layers.items()]
+            digests = {name: set_digest(sets.flat_index(), sets.active, sets.row_offsets) for name, sets in patterns}
+            check_agreement(digests, self._group)
+
+    def _thetas(self) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
+        """The layers with θ of each, one at a time; meanwhile the reservoir of the next one is on its way."""
+        layers = list(self.layers.items())
+        coming = None
+        for (name, layer), following in zip(layers, [*layers[1:], None]):
+            arriving = coming or Arriving(layer.reservoir, layer.values.device)
+            coming = following and Arriving(following[1].reservoir, following[1].values.device)
+            theta = layer.theta(arriving.here())
+            del arriving  # its layer is about to get another one
+            yield name, layer, theta
+
+    def _next(self, step: int) -> int:
+        return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])
+
+    def _choose_ahead(self, step: int):
+        """Has a thread choose the sets of the refresh at `step` from the present weights."""
+        if self._plan.method.refreshes:
+            self._check_numbers()
+            self._choice = choose_ahead(self._key(step), self.layers, self._plan, partial(self._sizes, step))
+
+    def _take_choice(self, step: int) -> dict[str, Tensor] | None:
+        """What was chosen ahead for this step under these settings, once."""
+        choice, self._choice = self._choice, None
+        if choice is None or choice.key != self._key(step):
+            return None
+        sets, problem = None, None
+        try:
+            sets = dict(choice.sets())
+        except RuntimeError as error:
+            problem = error
+        raise_together(problem, self._group)
+        return sets
+
+    def _key(self, step: int) -> list:
+        """All that the sets of a step depend on beside the weights, as JSON types."""
+        settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
+        return [step, self._left(step), self._explores(step), json.dumps(settings)]  # of overrides the order counts
+
+    def _left(self, step: int) -> float:
+        return 0.0 if self._arrived else way_left(step, self.config, self._density_window)
+
+    def _explores(self, step: int) -> bool:
+        return self.exploration_end is None or step < self.exploration_end
+
+    @torch.no_grad()
+    def _sizes(self, step: int, layers: dict[str, TopKastLayer] | dict[str, Moment]) -> dict[str, Sizes]:
+        def read(name: str) -> Tensor:
+            # A pruned model keeps as many as it had at first, which the present sets still tell.
+            nonzero = self.config.density == "nonzero"
+            return layers[name].pattern.active_mask() if nonzero else layers[name].theta()
+
+        return self._plan.sizes(self._left(step), self._explores(step), read)
+
+    def _is_at_final_density(self) -> bool:
+        """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
+        sizes = self._plan.sizes(0.0, True, lambda name: self.layers[name].theta())
+        final = sum(size for parts in sizes.values() for size, _ in parts)
+        return final == sum(layer.active_count for layer in self.layers.values())
+
+    def _stored(self) -> list[int]:
+        return [layer.values.numel() for layer in self.layers.values()]
+
+    def _check_numbers(self):
+        """All layers before the first one changes; what is outside B cannot have changed."""
+        problem = None
+        try:
+            for name, layer in self.layers.items():
+                check_finite(local(layer.values), name)
+                check_state(self.optimizer, name, layer.values)
+        except ValueError as error:
+            problem = error
+        raise_together(problem, self._group)
+
+    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
+        layer = self.layers[name]
+        sources = layer.reassign(active, backward, theta)
+        state = self.optimizer.state.get(layer.values)
+        if state:
+            carry_state(state, sources, self.config.new_state)

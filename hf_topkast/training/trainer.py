@@ -1,0 +1,275 @@
+"""Top-KAST under `transformers.Trainer`: thin, since all mask work is the controller's."""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..checkpoints import (
+    STATE_NAME,
+    CheckpointError,
+    SparseState,
+    flush,
+    flush_tree,
+    last_whole_checkpoint,
+    load_checkpoint,
+)
+from ..storage import local, raise_together
+from ..surgery import count_sparsity, sparse_info, sparse_layers
+from .callback import AHEAD_NAME, TopKastCallback, saved_schedule
+from .controller import TopKastController
+from .engines import DEEPSPEED, FSDP1
+from .optimizers import exclude_from_weight_decay, load_whole_state, unwrap_optimizer, whole_state
+
+
+logger = logging.get_logger(__name__)
+
+
+class TopKastTrainerMixin:
+    """
+    Makes any `transformers.Trainer` subclass train sparse models: `class MyTrainer(TopKastTrainerMixin, SFTTrainer)`.
+
+    It refuses a model without sparse layers, keeps sparse values out of weight decay, logs the `topkast/` metrics to
+    every logger, and resumes bit by bit. Everything else, the arguments included, is the base trainer's.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        sparse_info(self.model)
+        self._settle_engine()
+        if self._topkast_callback is None:
+            self.add_callback(TopKastCallback())
+
+    @property
+    def _topkast_callback(self) -> TopKastCallback | None:
+        return next((found for found in self.callback_handler.callbacks if isinstance(found, TopKastCallback)), None)
+
+    @property
+    def topkast_controller(self) -> TopKastController | None:
+        """The controller of the running or last training."""
+        return self._topkast_callback and self._topkast_callback.controller
+
+    def _settle_engine(self):
+        """What the engine that spreads the training over processes has to know; refuses those that cannot do it."""
+        if self.is_deepspeed_enabled:
+            raise ValueError(DEEPSPEED)
+        if self.args.ddp_broadcast_buffers is None:
+            self.args.ddp_broadcast_buffers = False
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise ValueError(FSDP1)
+            # Accelerate would send every entry of the state dict as a sharded parameter, and buffers are none.
+            plugin.cpu_ram_efficient_loading = False
+
+    @property
+    def _whole_checkpoints(self) -> bool:
+        """Whether FSDP2 saves what one process would save; else each rank saves its shards."""
+        return self.is_fsdp_enabled and "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @property
+    def _saved_by_us(self) -> bool:
+        """Whether checkpoints have our format; else the plain or sharded state dict, which is complete by itself."""
+        return isinstance(self.model, PreTrainedModel) and (self._whole_checkpoints or not self.is_fsdp_enabled)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the base trainer's, without the values of sparse layers: the exploration penalty takes their place."""
+        sparse = {f"{name}.values" for name, _ in sparse_layers(model)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in sparse]
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base trainer's; an optimizer of the user's own loses its decay of sparse values too."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        values = {name: layer.values for name, layer in sparse_layers(self.model)}
+        exclude_from_weight_decay(unwrap_optimizer(optimizer), values)
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        """Logs with the `topkast/` metrics beside each training loss."""
+        if self.topkast_controller is not None and "loss" in logs:
+            logs = {**logs, **self.topkast_controller.metrics()}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        """As the base trainer's, with the densities of every layer at the end."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            counts = count_sparsity(self.model)
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as file:
+                file.write(
+                    "\n## Sparsity\n\nTrained with hf_topkast (Top-KAST). The forward pass uses "
+                    f"{counts.nonzero_parameters:,} of {counts.total_parameters:,} parameters; whatever is not in the "
+                    f"table is dense.\n\n{counts.to_markdown()}\n"
+                )
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the base trainer's; `resume_from_checkpoint=True` passes over checkpoints that were left half-written."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        directory = os.path.join(self._get_output_dir(trial=trial), folder)
+        try:
+            self._check_numbers()
+            if self.args.should_save and os.path.isdir(directory):
+                # What stands there becomes a part of something while it is written over.
+                for name in (TRAINER_STATE_NAME, AHEAD_NAME):
+                    Path(directory, name).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and os.path.isdir(directory):  # not if save_total_limit took it at once
+                for path in (Path(directory, TRAINER_STATE_NAME), directory, os.path.dirname(directory)):
+                    flush(path)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            good = last_whole_checkpoint(os.path.dirname(directory))
+            raise CheckpointError(
+                f"{directory} is not written: {error} The last good checkpoint is {good}; go on from it with "
+                "resume_from_checkpoint=True."
+            ) from error
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # The last thing before trainer_state.json, which says that all the rest is there.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            flush_tree(output_dir)
+
+    def _check_numbers(self):
+        """Whether the weights deserve a checkpoint, for which an older one may be deleted."""
+        broken = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and not bool(torch.isfinite(local(parameter.detach())).all())
+        ]
+        problem = None
+        if broken:
+            problem = ValueError(
+                f"'{broken[0]}' holds NaN or infinite weights at step {self.state.global_step} ({len(broken)} such "
+                "parameters): the loss has diverged. Lower the learning rate or clip gradients."
+            )
+        raise_together(problem)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is not None and self._whole_checkpoints and self.model is self.model_wrapped:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before FSDP2 fixes the sizes of its shards
+        if self.is_fsdp_enabled and self.model is self.model_wrapped:
+            for _, layer in sparse_layers(self.model):
+                layer.offer_columns()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._topkast_callback.wrapped = self.model_wrapped
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        ahead = self.topkast_controller.state_dict().get("ahead")
+        if self.args.should_save and ahead is not None:
+            torch.save(ahead, os.path.join(output_dir, AHEAD_NAME))
+        if not self._whole_checkpoints:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(unwrap_optimizer(self.optimizer), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
+        if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+        self._topkast_callback.ahead = None
+        if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, AHEAD_NAME)):
+            self._topkast_callback.ahead = _read_ahead(os.path.join(checkpoint, AHEAD_NAME))
+        if checkpoint is None or not self._whole_checkpoints:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+        load_whole_state(unwrap_optimizer(self.optimizer), state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._saved_by_us:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        step = resumable_step(resume_from_checkpoint)
+        state = load_checkpoint(self.model, resume_from_checkpoint)
+        if step != state.step:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, "
+                f"its weights are of step {state.step}. Resume from another checkpoint."
+            )
+        _warn_of_other_settings(sparse_info(self.model).config, state)
+
+    def _load_best_model(self):
+        if self._saved_by_us:
+            load_checkpoint(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+        # The optimizer, which a further train() would use, has moments of other sets than the best model's.
+        for _, layer in sparse_layers(self.model):
+            unwrap_optimizer(self.optimizer).state.pop(layer.values, None)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # The base class uploads the output directory, after copying the files it knows into it.
+        source = os.path.join(checkpoint_folder, STATE_NAME)
+        if self.is_world_process_zero() and os.path.isfile(source):
+            shutil.copy(source, os.path.join(self.args.output_dir, STATE_NAME))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+class TopKastTrainer(TopKastTrainerMixin, Trainer):
+    """
+    `transformers.Trainer` for models that [`sparsify`] has made sparse; takes the same arguments.
+
+    Example:
+
+    ```python
+    model = sparsify(model, density=0.2)
+    TopKastTrainer(model=model, args=training_args, train_dataset=dataset).train()
+    ```
+    """
+
+
+def resumable_step(directory: str | os.PathLike) -> int:
+    """
+    The optimizer step at which a checkpoint's training stopped.
+
+    Raises:
+        CheckpointError: if the directory, the optimizer's state or Trainer's is missing.
+    """
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
+    for name in (OPTIMIZER_NAME, TRAINER_STATE_NAME):
+        if not os.path.isfile(os.path.join(directory, name)):
+            raise CheckpointError(
+                f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). "
+                "Start a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
+            )
+    with open(os.path.join(directory, TRAINER_STATE_NAME), encoding="utf-8") as file:
+        state = json.load(file)
+    return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
+
+
+def _read_ahead(path: str) -> dict:
+    try:
+        return torch.load(path, weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
+
+
+def _warn_of_other_settings(config, state: SparseState):
+    for name in (spec.name for spec in fields(config)):
+        now, then = getattr(config, name), getattr(state.config, name)
+        if now != then:
+            logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_topkast.sets.selection import block_norms, check_finite, set_size, spread_mask, top_mask
+
+
+def by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]] = True
+    return mask.view_as(scores)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    numel=st.integers(1, 200),
+    share=st.floats(0, 1),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_equals_a_stable_sort(seed, numel, share, levels, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    scores = (torch.randint(0, levels, (numel,), generator=generator) / 7).to(dtype)
+    count = round(share * numel)
+    mask = top_mask(scores, count)
+    assert int(mask.sum()) == count
+    assert torch.equal(mask, by_stable_sort(scores, count))
+
+
+@given(seed=st.integers(0, 10**6), small=st.integers(0, 60), large=st.integers(0, 60))
+def test_sets_are_nested(seed, small, large):
+    small, large = sorted((small, large))
+    scores = torch.randint(0, 4, (6, 10), generator=torch.Generator().manual_seed(seed)).float()
+    assert not (top_mask(scores, small) & ~top_mask(scores, large)).any()
+
+
+def test_ties_go_to_the_lower_flat_index():
+    scores = torch.tensor([[1.0, 2.0, 1.0], [2.0, 1.0, 1.0]])
+    assert top_mask(scores, 4).tolist() == [[True, True, True], [True, False, False]]
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_spread_is_even(seed, share):
+    candidates = torch.rand(8, 9, generator=torch.Generator().manual_seed(seed)) < 0.5
+    count = round(share * int(candidates.sum()))
+    mask = spread_mask(candidates, count)
+    assert int(mask.sum()) == count and not (mask & ~candidates).any()
+    ranks = mask.flatten()[candidates.flatten()].nonzero().flatten()
+    gaps = torch.cat([ranks, candidates.sum()[None]]).diff()  # the last one reaches to the end
+    assert count == 0 or (ranks[0] == 0 and gaps.max() - gaps.min() <= 1)
+
+
+@given(numel=st.integers(1, 10**6), density=st.floats(1e-9, 1))
+def test_set_size(numel, density):
+    size = set_size(numel, density)
+    assert 1 <= size <= numel
+    assert abs(size - density * numel) <= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_without_order_are_refused(bad):
+    theta = torch.ones(3, 4)
+    check_finite(theta, "h.0.c_fc")
+    theta[1, 2] = bad
+    with pytest.raises(ValueError, match=r"'h\.0\.c_fc': 1 of its 12 weights"):
+        check_finite(theta, "h.0.c_fc")
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 1), (2, 3), (8, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_block_norms(block_size, dtype):
+    theta = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norms = block_norms(theta, block_size)
+    assert norms.dtype == torch.float32
+    for row, parts in enumerate(theta.split(block_size[0], 0)):
+        for column, block in enumerate(parts.split(block_size[1], 1)):
+            torch.testing.assert_close(norms[row, column], block.double().norm().float())

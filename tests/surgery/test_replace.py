@@ -1,0 +1,235 @@
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from toy_models import make_gpt2, make_llama, token_batches
+
+from hf_topkast import TopKastConfig, densify, sparsify
+from hf_topkast.layers.linear import TopKastConv1D, TopKastLinear
+from hf_topkast.sets.methods import METHODS, Method
+from hf_topkast.sets.methods.topkast import choose
+from hf_topkast.surgery import sparse_info, sparse_layers
+
+
+def names(model):
+    return [name for name, _ in sparse_layers(model)]
+
+
+def test_default_targets_are_the_projections_of_the_blocks():
+    gpt2 = sparsify(make_gpt2(), density=0.2)
+    leaves = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names(gpt2) == [f"transformer.h.{block}.{leaf}" for block in range(2) for leaf in leaves]
+    assert all(isinstance(layer, TopKastConv1D) for _, layer in sparse_layers(gpt2))
+
+    llama = sparsify(make_llama(), density=0.2)
+    leaves = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    assert sorted(names(llama)) == sorted(f"model.layers.{block}.{leaf}" for block in range(2) for leaf in leaves)
+    assert all(isinstance(layer, TopKastLinear) for _, layer in sparse_layers(llama))
+
+
+def test_sizes_and_config(make_model):
+    config = TopKastConfig(density=0.1, backward_density=0.3)
+    model = make_model()
+    assert sparsify(model, config) is model
+    assert sparse_info(model).config is config and sparse_info(model).step == 0
+    for _, layer in sparse_layers(model):
+        assert layer.active_count == max(1, round(0.1 * layer.numel))
+        assert layer.values.numel() == round(0.3 * layer.numel)
+
+
+def test_densify_computes_the_same(make_model):
+    model = sparsify(make_model(), density=0.2)
+    tokens = token_batches(1)[0]
+    expected = model(tokens).logits
+    kinds = {name: type(module) for name, module in make_model().named_modules()}
+    assert densify(model) is model
+    assert torch.equal(model(tokens).logits, expected)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    sparsify(model, density=0.2)  # and it can be made sparse again
+
+
+def test_blocks_that_do_not_fill_a_layer_are_refused():
+    settings = {"density": 0.2, "block_size": (16, 1)}
+    check_refused(make_gpt2(), lambda model: sparsify(model, **settings), r"h\.0\.attn\.c_attn'|c_proj' is 24×24")
+    model = sparsify(make_gpt2(), **settings, exclude_modules=["c_attn", "c_proj"])
+    for _, layer in sparse_layers(model):
+        members = layer.pattern.active_mask().view(-1, 16, layer.pattern.shape[1])
+        assert torch.equal(members.all(1), members.any(1))
+        assert layer.active_count == 16 * round(0.2 * layer.numel / 16)
+
+
+def test_densify_needs_a_sparse_model():
+    with pytest.raises(ValueError, match="no sparse layer"):
+        densify(make_gpt2())
+
+
+def test_full_density_changes_nothing(make_model):
+    model, tokens = make_model(), token_batches(1)[0]
+    expected = model(tokens).logits
+    torch.testing.assert_close(sparsify(model, density=1.0)(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "excluded", "expected"),
+    [
+        (["c_fc"], None, ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]),
+        (["mlp.c_proj"], ["h.0.mlp.c_proj"], ["transformer.h.1.mlp.c_proj"]),
+        (r".*h\.1\.attn\..*", None, ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]),
+        (None, r".*(attn|h\.0).*", ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]),
+    ],
+)
+def test_rules_for_names(target, excluded, expected):
+    model = sparsify(make_gpt2(), density=0.5, target_modules=target, exclude_modules=excluded)
+    assert names(model) == expected
+
+
+def test_all_linear_spares_the_head():
+    model = sparsify(make_llama(), density=0.2, target_modules="all-linear")
+    assert "lm_head" not in names(model) and len(names(model)) == 14
+
+
+def test_any_module_with_targets():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    sparsify(model, density=0.25, target_modules=["0"])
+    assert names(model) == ["0"]
+
+
+def test_routers_stay_dense():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.shared_expert_gate, self.gate_proj = nn.Linear(4, 4), nn.Linear(4, 1), nn.Linear(4, 4)
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Block()])})
+    assert names(sparsify(model, density=0.5)) == ["layers.0.gate_proj"]
+
+
+def test_a_module_in_two_places_becomes_one_layer():
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"layers": nn.ModuleList([shared, nn.Linear(6, 6), shared])})
+    sparsify(model, density=0.5)
+    assert model["layers"][0] is model["layers"][2]
+    assert isinstance(model["layers"][0], TopKastLinear)
+    assert names(model) == ["layers.0", "layers.1"]
+
+
+def check_refused(model, act, match):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        act(model)
+    assert names(model) == []
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) or before[key].isnan().any() for key in before)
+
+
+def test_no_match_lists_candidates():
+    check_refused(
+        make_gpt2(),
+        lambda model: sparsify(model, density=0.2, target_modules=["query"]),
+        r"matches \['query'\].*Candidates: transformer\.h\.0\.attn\.c_attn",
+    )
+    check_refused(nn.Sequential(nn.ReLU()), lambda model: sparsify(model, density=0.2), "no nn.Linear and no Conv1D")
+
+
+@pytest.mark.parametrize("target", [["wte"], ["ln_1"], ["mlp"], r".*\.ln_1"])
+def test_unsupported_type_is_refused_by_name(target):
+    check_refused(
+        make_gpt2(),
+        lambda model: sparsify(model, density=0.2, target_modules=target),
+        "target_modules names 'transformer.*cannot be made sparse",
+    )
+
+
+def test_tied_weight_is_refused_by_name():
+    check_refused(
+        make_gpt2(), lambda model: sparsify(model, density=0.2, target_modules=["lm_head"]), "'lm_head'.*is tied"
+    )
+
+
+def test_sparsify_twice_is_refused():
+    model = sparsify(make_gpt2(), density=0.2)
+    with pytest.raises(ValueError, match="sparse already.*densify"):
+        sparsify(model, density=0.1)
+
+
+def test_nan_weight_is_refused_by_layer():
+    model = make_gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    check_refused(model, lambda model: sparsify(model, density=0.2), r"'transformer\.h\.1\.mlp\.c_fc': 1 of its")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("rule", [["c_fc", "c_fcc"], r".*\.c_fcc"])
+def test_misspelt_name_is_refused_beside_others(field, rule):
+    check_refused(make_gpt2(), lambda model: sparsify(model, **{field: rule}), f"{field}=.*c_fcc.*Candidates")
+
+
+def test_everything_excluded_is_refused():
+    check_refused(
+        make_gpt2(),
+        lambda model: sparsify(model, density=0.2, exclude_modules=["c_attn", "c_proj", "c_fc"]),
+        "is left",
+    )
+
+
+def test_single_layer_is_refused():
+    with pytest.raises(ValueError, match="a single Linear.*nn.Sequential"):
+        sparsify(nn.Linear(8, 8), density=0.2, target_modules="all-linear")
+
+
+def test_weights_that_are_not_loaded_are_refused():
+    with torch.device("meta"):
+        model = make_gpt2()
+    with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' .*meta device"):
+        sparsify(model, density=0.2)
+
+
+def test_parts_with_settings_of_their_own_are_refused_in_training():
+    model = make_gpt2()
+    for block, density in zip(model.transformer.h, (0.1, 0.5)):
+        sparsify(block, density=density, target_modules="all-linear")
+    with pytest.raises(ValueError, match="by 2 calls of sparsify"):
+        sparse_info(model)
+
+
+def test_a_part_of_a_model_is_enough():
+    model = make_gpt2()
+    sparsify(model.transformer, density=0.2)
+    assert sparse_info(model) is sparse_info(model.transformer)
+
+
+def test_dense_layers_are_freed_one_by_one(monkeypatch):
+    model = make_gpt2()
+    dense = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Conv1D"]
+    alive = []
+
+    def watch(*args):
+        alive.append(sum(reference() is not None for reference in dense))
+        return choose(*args)
+
+    monkeypatch.setitem(METHODS, "watched", Method(watch))
+    sparsify(model, density=0.2, method="watched")
+    assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_config_and_settings_exclude_each_other():
+    check_refused(make_gpt2(), lambda model: sparsify(model, TopKastConfig(), density=0.2), "not both.*density")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": 0.0},
+        {"density": 2},
+        {"density": 0.5, "backward_density": 0.4},
+        {"method": "lottery"},
+        {"backend": "tpu"},
+        {"density_overrides": {"c_fc": 0.5}},
+    ],
+)
+def test_bad_settings_leave_the_model_as_it_was(settings):
+    check_refused(make_gpt2(), lambda model: sparsify(model, **settings), list(settings)[-1])

@@ -1,0 +1,41 @@
+import pytest
+from toy_training import checkpointed, make_trainer, same_weights
+from transformers import Trainer, TrainerCallback
+
+from hf_topkast import TopKastCallback
+
+
+def test_a_plain_trainers_loggers_get_the_metrics(tmp_path):
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    seen = []
+    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback(), Logger()], max_steps=3)
+    trainer.train()
+    with_loss = [logs for logs in seen if "loss" in logs]
+    assert len(with_loss) == 3
+    assert all(logs["topkast/density"] == pytest.approx(0.2, abs=1e-3) for logs in with_loss)
+    assert not any("topkast/density" in logs for logs in seen if "loss" not in logs)
+
+
+def test_stock_trainer_cannot_resume_silently(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
+    with pytest.raises(RuntimeError, match="is sparse, but the state dict holds a dense"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_callback_in_a_stock_trainer(tmp_path):
+    mine, stock = make_trainer(tmp_path), make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
+    mine.train()
+    stock.train()
+    assert same_weights(mine.model, stock.model)
+
+
+def test_only_one_callback(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[TopKastCallback()])
+    trainer.train()
+    other = make_trainer(tmp_path)
+    other.train()
+    assert same_weights(trainer.model, other.model)

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from hf_topkast.training.penalty import add_penalty, penalty_of, shrink
+
+
+VALUES = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64)
+ACTIVE, DENSITY = 2, 0.25
+FACTORS = torch.tensor([1.0, 1.0, 4.0, 4.0], dtype=torch.float64)
+
+
+def test_the_gradient_is_that_of_the_penalty():
+    values = VALUES.clone().requires_grad_()
+    (0.1 / 2 * (values.square() * FACTORS).sum()).backward()
+    gradient = torch.ones_like(VALUES)
+    add_penalty(gradient, VALUES, ACTIVE, DENSITY, 0.1, None)
+    torch.testing.assert_close(gradient, 1 + values.grad)
+    assert float(penalty_of(VALUES, ACTIVE, DENSITY)) == pytest.approx(float((VALUES.square() * FACTORS).sum()))
+
+
+def test_a_scaled_gradient_gets_a_scaled_penalty():
+    gradient = torch.zeros_like(VALUES)
+    add_penalty(gradient, VALUES, ACTIVE, DENSITY, 0.1, torch.tensor(8.0))
+    torch.testing.assert_close(gradient, 8 * 0.1 * FACTORS * VALUES)
+
+
+def test_shrink():
+    values = VALUES.clone()
+    shrink(values, ACTIVE, DENSITY, 0.1)
+    torch.testing.assert_close(values, VALUES * (1 - 0.1 * FACTORS))

@@ -1,0 +1,34 @@
+import torch
+from toy_models import loss_of, make_gpt2, token_batches
+
+from hf_topkast import TopKastController, sparsify
+from hf_topkast.storage import Arriving
+from hf_topkast.surgery import sparse_layers
+
+
+def test_one_reservoir_is_on_its_way_while_a_layer_is_refreshed(monkeypatch):
+    notes = []
+
+    class Noted(Arriving):
+        def __init__(self, resting, device):
+            super().__init__(resting, device)
+            self.name = names[id(resting)]
+            notes.append(("leaves", self.name))
+
+        def here(self):
+            notes.append(("arrives", self.name))
+            return super().here()
+
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=1, reservoir_device="cpu")
+    names = {id(layer.reservoir): name for name, layer in sparse_layers(model)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    TopKastController(model, optimizer)
+    monkeypatch.setattr("hf_topkast.training.refresher.Arriving", Noted)
+    loss_of(model, token_batches(1)[0]).backward()
+    optimizer.step()
+    order = [name for name, _ in sparse_layers(model)]
+    expected = [("leaves", order[0])]
+    for name, following in zip(order, [*order[1:], None]):
+        expected += [("leaves", following)] if following else []
+        expected.append(("arrives", name))
+    assert notes == expected

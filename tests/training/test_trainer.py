@@ -1,0 +1,438 @@
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from toy_models import VOCABULARY, make_gpt2, make_llama
+from toy_training import CONFIG, checkpointed, make_dataset, make_trainer, same_weights
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_topkast import (
+    CheckpointError,
+    TopKastConfig,
+    TopKastController,
+    TopKastTrainer,
+    TopKastTrainerMixin,
+    sparsify,
+)
+from hf_topkast.checkpoints.checkpoint import STATE_NAME
+from hf_topkast.surgery import sparse_layers
+from hf_topkast.training.ahead import unpacked
+from hf_topkast.training.callback import AHEAD_NAME
+
+
+def test_equals_a_plain_loop(make_model, tmp_path):
+    trainer = make_trainer(tmp_path, make_model, lr_scheduler_type="constant", max_grad_norm=0.5)
+    batches = []
+    step = trainer.training_step
+    trainer.training_step = lambda model, inputs, *rest: batches.append(inputs) or step(model, inputs, *rest)
+    trainer.train()
+
+    model = sparsify(make_model(), copy.deepcopy(CONFIG)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
+    TopKastController(model, optimizer)
+    for inputs in batches:
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    for (name, layer), (_, other) in zip(sparse_layers(trainer.model), sparse_layers(model)):
+        assert torch.equal(layer.active_mask, other.active_mask), name
+        torch.testing.assert_close(layer.theta(), other.theta(), rtol=1e-4, atol=1e-4)
+
+
+def test_logs_reach_every_logger(tmp_path):
+    seen = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make_trainer(tmp_path, callbacks=[Logger()])
+    trainer.train()
+    keys = {"density", "backward_density", "mask_churn", "reservoir_use", "penalty", "refresh_seconds"}
+    for history in (trainer.state.log_history, seen):
+        losses = [logs for logs in history if "loss" in logs]
+        assert len(losses) == 10
+        assert {key.removeprefix("topkast/") for key in losses[-1] if key.startswith("topkast/")} == keys
+        assert losses[-1]["topkast/density"] == pytest.approx(0.2, abs=1e-3)
+        assert all(math.isfinite(value) for key, value in losses[-1].items() if key.startswith("topkast/"))
+
+
+def test_sparse_values_get_no_weight_decay(make_model, tmp_path):
+    trainer = make_trainer(tmp_path, make_model, weight_decay=0.1, max_steps=1)
+    trainer.train()
+    values = {id(layer.values) for _, layer in sparse_layers(trainer.model)}
+    decay = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {decay[key] for key in values} == {0.0}
+    embeddings = trainer.model.get_input_embeddings().weight
+    assert decay[id(embeddings)] == 0.1
+
+
+@pytest.mark.parametrize("cut", [4, 6, 9])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_is_bit_exact(make_model, tmp_path, cut, accumulation):
+    check_resume(make_model, tmp_path, cut, accumulation, explore_until=7)
+
+
+@pytest.mark.parametrize("cut", [4, 7, 9])
+def test_resume_across_a_density_schedule_is_bit_exact(make_model, tmp_path, cut):
+    check_resume(make_model, tmp_path, cut, initial_density=1.0, schedule_begin=0.2, schedule_end=0.8)
+
+
+@pytest.mark.parametrize("cut", [4, 5, 6])
+def test_resume_with_sets_chosen_ahead_is_bit_exact(tmp_path, cut):
+    check_resume(make_gpt2, tmp_path, cut, refresh_lag=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "density"),
+    [
+        ({"density": 0.3}, 0.3),
+        ({"refresh_every": 8}, 0.2),
+        ({"density_overrides": {".*": 0.4}}, 0.4),
+        ({"backward_density": 0.6}, 0.2),
+        ({"distribution": "erdos_renyi"}, 0.2),
+        ({"split_fused": True}, 0.2),
+        ({"explore_until": 3}, 0.2),
+        ({"reservoir_device": "cpu", "penalty": 0.5, "refresh_lag": 0}, None),  # the sets do not depend on these
+    ],
+    ids=str,
+)
+def test_sets_chosen_ahead_under_other_settings_are_not_used(tmp_path, monkeypatch, settings, density):
+    common = {"save_strategy": "steps", "save_steps": 5}
+    fields = {"refresh_every": 6, "refresh_lag": 5}
+    make_trainer(tmp_path, config=TopKastConfig(**fields), max_steps=5, **common).train()
+    assert (tmp_path / "checkpoint-5" / AHEAD_NAME).is_file()
+    used = []
+    monkeypatch.setattr(
+        "hf_topkast.training.refresher.unpacked", lambda *arguments: used.append(1) or unpacked(*arguments)
+    )
+    trainer = make_trainer(tmp_path, config=TopKastConfig(**{**fields, **settings}), **common)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert bool(used) == (density is None)
+    assert trainer.topkast_controller.density == pytest.approx(density or 0.2, rel=0.01)
+
+
+def test_a_longer_schedule_is_not_ruined_by_sets_chosen_ahead(tmp_path):
+    fields = {"initial_density": 1.0, "density_schedule": "linear", "schedule_end": 1.0, "refresh_every": 4}
+    common = {"save_strategy": "steps", "save_steps": 3}
+    densities = []
+    for lag in (0, 3):
+        config = TopKastConfig(density=0.2, refresh_lag=lag, **fields)
+        make_trainer(tmp_path / str(lag), config=config, max_steps=8, **common).train()
+        trainer = make_trainer(tmp_path / str(lag), config=config, max_steps=16, **common)
+        trainer.train(resume_from_checkpoint=str(tmp_path / str(lag) / "checkpoint-3"))
+        logs = trainer.state.log_history
+        densities.append([log["topkast/density"] for log in logs if "topkast/density" in log])
+    assert densities[0] == densities[1]
+
+
+def test_resume_at_the_very_end_of_a_density_schedule(tmp_path):
+    fields = {"initial_density": 0.9, "schedule_end": 100, "refresh_every": 3, "refresh_lag": 2, "density": 0.2}
+    common = {"config": TopKastConfig(**fields), "save_strategy": "steps", "max_steps": 102}
+    common |= {"lr_scheduler_type": "constant", "learning_rate": 5e-2}  # the weights still change at the end
+    straight = make_trainer(tmp_path / "straight", save_steps=98, **common)
+    straight.train()
+    resumed = make_trainer(tmp_path / "resumed", save_steps=98, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-98"))
+    assert same_weights(straight.model, resumed.model)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_resume_without_the_sets_chosen_ahead_is_refused(tmp_path, damage):
+    settings = {"config": TopKastConfig(refresh_every=6, refresh_lag=5), "save_strategy": "steps", "save_steps": 5}
+    make_trainer(tmp_path, max_steps=5, **settings).train()
+    file = tmp_path / "checkpoint-5" / AHEAD_NAME
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=AHEAD_NAME):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_checkpoint_written_over_keeps_no_older_choice(tmp_path):
+    common = {"save_strategy": "steps", "save_steps": 5, "max_steps": 5}
+    make_trainer(tmp_path, config=TopKastConfig(refresh_every=6, refresh_lag=5), **common).train()
+    make_trainer(tmp_path, config=TopKastConfig(refresh_every=6), **common).train()
+    assert not (tmp_path / "checkpoint-5" / AHEAD_NAME).exists()
+
+
+def test_resume_of_a_global_distribution_is_bit_exact(tmp_path):
+    settings = {"initial_density": 0.8, "schedule_end": 8, "distribution": "global", "split_fused": True}
+    check_resume(make_gpt2, tmp_path, 4, density_overrides={r".*h\.0\.mlp.*": 0.5}, **settings)
+
+
+def check_resume(make_model, tmp_path, cut, accumulation=1, **fields):
+    config = TopKastConfig(density=0.2, refresh_every=3, exploration_lr_scale=0.5, **fields)
+    settings = {"config": config, "gradient_accumulation_steps": accumulation, "save_strategy": "steps"}
+    straight = make_trainer(tmp_path / "straight", make_model, save_steps=cut, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path / "resumed", make_model, save_steps=cut, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{cut}"))
+    assert resumed.topkast_controller.step == 10
+    assert same_weights(straight.model, resumed.model)
+    ends = [trainer.state.log_history[-2] for trainer in (straight, resumed)]
+    assert ends[0]["topkast/mask_churn"] == ends[1]["topkast/mask_churn"]
+    assert ends[0]["loss"] == ends[1]["loss"]
+
+
+KILLED_RUN = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+from toy_training import make_trainer
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+make_trainer(sys.argv[2], save_strategy="steps", save_steps=4, callbacks=[Kill()]).train()
+"""
+
+
+def test_sigkill_at_a_checkpoint_loses_nothing(tmp_path):
+    straight = make_trainer(tmp_path / "straight")
+    straight.train()
+    run = subprocess.run([sys.executable, "-c", KILLED_RUN, os.pathsep.join(sys.path), str(tmp_path / "killed")])
+    assert run.returncode == -signal.SIGKILL
+    resumed = make_trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert same_weights(straight.model, resumed.model)
+
+
+def test_resume_without_state_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    (checkpoint / STATE_NAME).unlink()
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_without_the_schedule_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"].pop("TopKastCallback")
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="no Top-KAST state in its trainer_state.json"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_from_two_moments_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text().replace('"step": 4,', '"step": 3,'))
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["TopKastCallback"]["attributes"]["saved"]["step"] = 3
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="mixes two moments.*step 3.*step 4"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_without_optimizer_is_refused(tmp_path):
+    checkpoint = checkpointed(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError, match="has no optimizer.pt.*save_only_model"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resume_from_nowhere_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_resume_with_other_settings_warns(tmp_path, monkeypatch):
+    checkpoint = checkpointed(tmp_path)
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.trainer.logger.warning", warnings.append)
+    config = TopKastConfig(density=0.2, refresh_every=3, penalty=0.5)
+    make_trainer(tmp_path, config=config).train(resume_from_checkpoint=str(checkpoint))
+    assert warnings == ["Resuming with penalty=0.5; the checkpoint was trained with penalty=0.001."]
+
+
+def test_resume_of_a_model_sparse_in_a_part(tmp_path):
+    def trainer():
+        model = make_gpt2()
+        sparsify(model.transformer, copy.deepcopy(CONFIG))
+        trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=4)
+        trainer.model = trainer.model_wrapped = model
+        return trainer
+
+    straight, resumed = trainer(), trainer()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(straight.model, resumed.model)
+
+
+def test_mixin_on_another_trainer(tmp_path):
+    class Other(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            self.called = True
+            return super().compute_loss(*args, **kwargs)
+
+    class Mixed(TopKastTrainerMixin, Other):
+        pass
+
+    trainer = make_trainer(tmp_path, kind=Mixed)
+    trainer.train()
+    assert trainer.called and trainer.topkast_controller.step == 10
+
+
+def test_dense_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no sparse layers.*sparsify"):
+        TopKastTrainer(model=make_gpt2(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_best_model_and_save_limit(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        learning_rate=5e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best model is not the last
+    )
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert len(losses) == 5 and max(losses, key=losses.get) != 10
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses.values()), rel=1e-6)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert same_weights(best, trainer.model)
+
+
+def test_evaluate_and_predict(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    data = make_dataset(8)
+    output = trainer.predict(data)
+    assert output.predictions.shape == (8, 12, VOCABULARY)
+    assert output.metrics["test_loss"] == pytest.approx(trainer.evaluate(data)["eval_loss"])
+
+
+def test_early_stopping_and_second_training(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        learning_rate=1.0,
+        max_steps=10,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="loss",
+        callbacks=[EarlyStoppingCallback(1)],
+    )
+    trainer.train()
+    assert trainer.state.global_step < 10
+    trainer.train()  # the first controller's hooks are gone: steps are counted once
+    assert trainer.topkast_controller.step == trainer.state.global_step
+
+
+def test_a_new_training_of_a_trained_model_starts_its_schedule_again(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
+    trained = make_trainer(tmp_path, max_steps=4)
+    trained.train()
+    trained.train()  # as the stock Trainer does: step 0, without a word
+    assert trained.topkast_controller.step == 4 and not warnings
+
+
+def test_training_on_from_the_best_model(tmp_path):
+    # The best model has larger sets than the last one: moments of the last must not meet its weights.
+    trainer = make_trainer(
+        tmp_path,
+        config=TopKastConfig(density=0.2, refresh_every=2, explore_until=5),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=1e-4,
+    )
+    trainer.train()
+    trainer.train()
+    for _, layer in sparse_layers(trainer.model):
+        assert torch.isfinite(layer.values).all()
+
+
+def test_own_optimizer_loses_its_decay_of_values(tmp_path):
+    model = sparsify(make_gpt2(), copy.deepcopy(CONFIG))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+    TopKastTrainer(model=model, args=args, train_dataset=make_dataset(), optimizers=(optimizer, None)).train()
+    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.1]
+
+
+def test_pushed_checkpoints_have_the_state(tmp_path, monkeypatch):
+    pushed = []
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((tmp_path / STATE_NAME).read_bytes())
+    )
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    (folder / STATE_NAME).write_bytes(b"state")
+    trainer._push_from_checkpoint(str(folder))
+    assert pushed == [b"state"]
+
+
+def test_bfloat16_autocast(tmp_path):
+    moves = []
+    for bf16 in (True, False):
+        trainer = make_trainer(tmp_path, make_llama, bf16=bf16, max_steps=2)  # no refresh yet
+        before = {name: layer.values.detach().clone() for name, layer in sparse_layers(trainer.model)}
+        trainer.train()
+        assert all(layer.values.dtype == torch.float32 for _, layer in sparse_layers(trainer.model))
+        moves.append(torch.cat([layer.values.detach() - before[name] for name, layer in sparse_layers(trainer.model)]))
+    half, whole = moves
+    assert (half - whole).norm() < 0.3 * whole.norm()
+
+
+def test_any_module_is_saved_as_its_state_dict(tmp_path):
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.fc, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+
+        def forward(self, input_ids, labels):
+            logits = self.head(self.fc(self.embed(input_ids)).relu())
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    config = TopKastConfig(density=0.2, refresh_every=3, target_modules=["fc"])
+    settings = {"make_model": Toy, "config": config, "save_strategy": "steps", "save_steps": 5}
+    straight = make_trainer(tmp_path, **settings)
+    straight.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same_weights(straight.model, resumed.model)
+
+
+def test_model_card_has_the_densities(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    for _ in range(2):  # written anew each time
+        trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Sparsity") == 1
+    assert "| `transformer.h.0.attn.c_attn` | 72 × 24 | 0.2" in card
+
+
+def test_engines_that_cannot_shard_sparse_values_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed.*Use FSDP2"):
+        trainer._settle_engine()
+    trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled = False, True
+    plugin = SimpleNamespace(fsdp_version=1)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match="FSDP 1.*Use FSDP2"):
+        trainer._settle_engine()
