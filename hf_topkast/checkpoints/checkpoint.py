@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -13,39 +14,72 @@ from ..layers import TopKastLayer
 from ..ops.reference import expand_active
 from ..storage import STRUCTURE, TRACKING, Pattern, assemble_theta, is_sharded, local, pack_bits, part_of, shard_like
 from ..surgery import sparse_info, sparse_layers
-from .state_file import STATE_NAME, CheckpointError, SparseState, digest, read_state
+from .names_on_disk import to_model_names
+from .state_file import (
+    STATE_NAME,
+    CheckpointError,
+    SparseState,
+    fit_digests,
+    read_state,
+    weight_digests,
+)
 
 
-LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING)
+LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING, "sets_digest")
 
 
-def split_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], SparseState]:
+def split_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], SparseState]:
     """
     Splits a sparse model's state dict into what stock readers know and what only training needs.
 
     Args:
         model (`torch.nn.Module`): the sparse model; says which keys belong to sparse layers.
-        state_dict (`dict[str, torch.Tensor]`): its state dict, or one gathered for it.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): its state dict, or one gathered for it.
 
     Returns:
         `tuple`: the state dict of the dense model, with α as the projections' weights, and the [`SparseState`].
+
+    Raises:
+        CheckpointError: if a thread gave a layer other sets meanwhile; the message names the layer.
     """
-    stock = dict(state_dict)
+    places = _places(model)
+    begun = {name: layer.assignments for name, layer in sparse_layers(model)}
+    stock = dict(model.state_dict() if state_dict is None else state_dict)
     tensors: dict[str, Tensor] = {}
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
-        own = {key: stock.pop(f"{name}.{key}").cpu() for key in LAYER_TENSORS}
+        own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in LAYER_TENSORS}
+        if begun[name] % 2 or layer.assignments != begun[name]:
+            raise CheckpointError(
+                f"Layer '{name}' got other sets while it was being saved: a refresh in another thread. Nothing is "
+                "written. Save between two optimizer steps, or try again."
+            )
         pattern = Pattern(*(own[key] for key in STRUCTURE), layer.shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)
-        stock[f"{name}.weight"] = layer.to_stock(alpha)
+        weight = layer.to_stock(alpha)
+        for place in places[layer]:  # a layer that stands in several, as the dense one it replaced did
+            stock[f"{place}.weight"] = weight
+            for key in LAYER_TENSORS:
+                stock.pop(f"{place}.{key}", None)
         tensors[f"{name}.active"] = pack_bits(active)
         tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
         tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
         tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
-        shapes[name], digests[name] = pattern.shape, digest({"weight": alpha[active]})
+        shapes[name], digests[name] = pattern.shape, weight_digests(alpha[active])
     info = sparse_info(model)
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
+
+
+def _places(model: nn.Module) -> dict[TopKastLayer, list[str]]:
+    """All names of every sparse layer."""
+    places: dict[TopKastLayer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TopKastLayer):
+            places.setdefault(module, []).append(name)
+    return places
 
 
 def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = False) -> Tensor:
@@ -72,9 +106,8 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = Fa
         )
     active = state.masks(name)[0].to(alpha.device)
     rest = state.tensors[f"{name}.rest"]
-    same_dtype = alpha.dtype == rest.dtype  # from_pretrained(dtype=...) has rounded them otherwise
-    mixed = digest({"weight": alpha[active]}) != state.digests[name] if same_dtype else exact
-    if mixed or bool(alpha[~active].any()):
+    mixed = exact and alpha.dtype != rest.dtype
+    if mixed or not fit_digests(alpha[active], state.digests[name], rest.dtype) or bool(alpha[~active].any()):
         raise CheckpointError(
             f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
             "written with. Keep the two files of one checkpoint together."
@@ -119,8 +152,14 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
                 f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
                 f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
             )
-    weights = _read_weights(Path(directory))
-    _check_weights(model, weights, directory)
+    dense = _dense_tensors(model)
+    weights = to_model_names(model, _read_weights(Path(directory)), dense, directory)
+    for name, *others in _places(model).values():  # a layer that stands in several counts by its first name
+        for other in others:
+            del dense[f"{other}.weight"]
+            if f"{other}.weight" in weights:
+                weights.setdefault(f"{name}.weight", weights.pop(f"{other}.weight"))
+    _check_weights(model, weights, dense, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
         restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
     for name, layer in layers.items():
@@ -132,17 +171,26 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
     return state
 
 
-def _check_weights(model: nn.Module, weights: dict[str, Tensor], directory: str | os.PathLike):
+def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a sparse model has as a dense one, on the meta device."""
+    dense = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in model.state_dict().items()}
+    for layer, places in _places(model).items():
+        shape = layer.shape[::-1] if layer.stores_transposed else layer.shape
+        for place in places:
+            for key in LAYER_TENSORS:
+                dense.pop(f"{place}.{key}", None)
+            dense[f"{place}.weight"] = torch.empty(shape, dtype=layer.values.dtype, device="meta")
+    return dense
+
+
+def _check_weights(
+    model: nn.Module, weights: dict[str, Tensor], dense: dict[str, Tensor], directory: str | os.PathLike
+):
     """Whether a checkpoint has the weights of a model, names and shapes; of tied ones it holds only one."""
     own = model.state_dict()
-    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-    for name, layer in sparse_layers(model):
-        for key in LAYER_TENSORS:
-            shapes.pop(f"{name}.{key}")
-        shapes[f"{name}.weight"] = layer.shape[::-1] if layer.stores_transposed else layer.shape
-    unknown = [key for key in weights if key not in shapes]
+    unknown = [key for key in weights if key not in dense]
     held = {local(own[key]).data_ptr() for key in weights if key in own}
-    for key, shape in shapes.items():
+    for key, shape in ((key, tuple(tensor.shape)) for key, tensor in dense.items()):
         found = tuple(weights[key].shape) if key in weights else None
         tied = found is None and key in own and local(own[key]).data_ptr() in held
         if unknown or (found != shape and not tied):

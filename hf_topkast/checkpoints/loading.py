@@ -1,41 +1,39 @@
 """
-How `from_pretrained` rebuilds sparse layers and `save_pretrained` writes them.
+How `from_pretrained` rebuilds sparse layers.
 
-`import hf_topkast` makes transformers know the `quant_method` "topkast", which a sparse checkpoint's `config.json`
-names. Without that import transformers skips it with a warning and loads the dense α. Our quantizer only rebuilds and
-then takes itself off the model: a model with a quantizer refuses `.half()`, plain Trainer training and
+A checkpoint is sparse if and only if our state file lies beside its weights and fits them; nothing of ours stands in
+`config.json`, which other tools keep when they change the weights. `import hf_topkast` lets `from_pretrained` look for
+that file. What it then uses of transformers' quantizers is their place in the loading: ours rebuilds, in memory only,
+and takes itself off the model, since one with a quantizer refuses `.half()`, plain Trainer training and
 `save_pretrained(state_dict=...)`, none of which holds for a sparse one.
 """
 
 import functools
-import inspect
+import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from contextvars import ContextVar
 
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from ..config import QUANT_METHOD, TopKastConfig
 from ..layers import sparse_type
-from ..surgery import (
-    SparseInfo,
-    make_sparse,
-    mark_sparse,
-    replace_module,
-    sparse_info,
-    sparse_layers,
-    sparsify,
-    weight_rows,
-)
-from .checkpoint import restore_layer, restore_theta, split_state_dict
-from .compact import compact_state, expect_compact, fill_compact
-from .state_file import STATE_NAME, CheckpointError, SparseState, read_state, write_state
+from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparsify, weight_rows
+from .checkpoint import restore_layer, restore_theta
+from .compact import expect_compact, fill_compact
+from .state_file import STATE_NAME, CheckpointError, SparseState, read_state
 
 
 logger = logging.get_logger(__name__)
+
+# Where the running `from_pretrained` has found a state file; `None` where there is none.
+_directory: ContextVar[str | None] = ContextVar("topkast_directory", default=None)
+# The arguments of `from_pretrained` that say which file of a repository.
+PLACES = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 register_quantization_config(QUANT_METHOD)(TopKastConfig)
 
@@ -47,43 +45,49 @@ class TopKastQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        directory = _state_directory(model, checkpoint_files or ()) if self.pre_quantized else None
+        directory = _directory.get()
         self._state = None if directory is None else read_state(directory)
-        if self._state is not None:
+        self._misfit: CheckpointError | None = None
+        if self._state is None:
+            return
+        try:
             self._places = {name: _locate(model, name) for name in self._state.shapes}
             if self._state.compact:
+                _check_empty(checkpoint_files or ())
                 expect_compact(model, self._places)
+        except CheckpointError as error:
+            self._misfit = error
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        conversions = getattr(model, "_weight_conversions", None)
         self.remove_quantization_config(model)
+        if conversions is not None:
+            model._weight_conversions = conversions  # by which save_pretrained gives weights their names on disk
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
-        if self._state is None:
-            if self.pre_quantized:
-                empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
-                if empty:  # as compact exports write them; newer transformers notice it themselves
-                    raise CheckpointError(
-                        f"'{model.name_or_path}' is a compact export without its {STATE_NAME}, which holds the "
-                        f"weights: '{empty[0]}' and others are empty, a mismatch with the model. Copy that file "
-                        "beside the others."
-                    )
-                logger.warning(
-                    f"'{model.name_or_path}' has no {STATE_NAME}: the weights outside A are lost and start again from "
-                    "zero. Fine-tuning works; resuming the training that wrote the checkpoint does not."
-                )
+        if self._state is not None:
+            self._rebuild(model)
+        elif self.pre_quantized:  # by hf_topkast 0.1.0, which noted itself in config.json
+            _check_full(model)
+            _warn_dense(model, f"config.json says that it is sparse, but there is no {STATE_NAME}")
+        else:
             sparsify(model, self.quantization_config)
-            return
+
+    def _rebuild(self, model: PreTrainedModel):
         offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if offloaded:
             raise ValueError(
                 f"device_map puts '{offloaded[0]}' and {len(offloaded) - 1} other parameters on disk, from where a "
                 "sparse model cannot be used. Load it onto devices with room for it, or without device_map."
             )
-        if self._state.compact:
-            fill_compact(model, self._state, self._places)
-        else:
-            rebuild(model, self._state, self._places)
+        if self._misfit is None:
+            try:
+                (fill_compact if self._state.compact else rebuild)(model, self._state, self._places)
+            except CheckpointError as error:
+                self._misfit = error
+        if self._misfit is not None:
+            _warn_dense(model, f"{self._misfit} So another tool has changed them (fine-tuned, merged or averaged)")
 
     @property
     def is_trainable(self) -> bool:
@@ -93,28 +97,6 @@ class TopKastQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs) -> bool:
         """They are saved by `save_pretrained`."""
         return True
-
-
-def _state_directory(model: PreTrainedModel, weight_files: Iterable[str]) -> str | None:
-    """Directory of the state file that lies beside the files of weights, fetched from the hub if need be."""
-    folders = [Path(file).parent for file in weight_files]
-    for folder in folders:
-        if (folder / STATE_NAME).is_file():
-            return str(folder)
-    if os.path.isdir(model.name_or_path) or not folders:
-        return None
-    # In the hub's cache: CACHE/models--USER--NAME/snapshots/COMMIT/SUBFOLDER.
-    parts = folders[0].parts
-    snapshots = len(parts) - 1 - parts[::-1].index("snapshots")
-    path = cached_file(
-        model.name_or_path,
-        STATE_NAME,
-        cache_dir=str(Path(*parts[: snapshots - 1])),
-        revision=parts[snapshots + 1],
-        subfolder="/".join(parts[snapshots + 2 :]),
-        _raise_exceptions_for_missing_entries=False,
-    )
-    return None if path is None else os.path.dirname(path)
 
 
 def rebuild(model: nn.Module, state: SparseState, places: dict[str, str]):
@@ -155,54 +137,92 @@ def _locate(model: nn.Module, name: str) -> str:
     )
 
 
-def export_sparse(model: PreTrainedModel, save_directory: str | os.PathLike, **kwargs):
-    """
-    Writes a sparse model in its compact form, for `from_pretrained` with our import: about density · 4 + 1/8 bytes
-    for each weight of a sparse layer in fp32, and everything else as ever.
-
-    It holds α and A only. A model loaded from it computes the same, bit for bit, and has B = A until a training's
-    first refresh. Training cannot be resumed from it. Readers without our import stop with an error.
-
-    Args:
-        model (`PreTrainedModel`): a sparse model.
-        save_directory (`str` or `os.PathLike`): the directory to write.
-        kwargs: arguments of `save_pretrained`, such as `max_shard_size`.
-
-    Raises:
-        ValueError: if the model has no sparse layer.
-    """
-    sparse_info(model)
-    stock, state = split_state_dict(model, model.state_dict())
-    compact = compact_state(model, stock, state)
-    _write(model, save_directory, stock, compact, **kwargs)
+def _check_empty(weight_files: Iterable[str]):
+    """Whether weights are left out of a compact export; else somebody has written whole ones over it."""
+    for path in weight_files:
+        with safe_open(path, framework="pt") as file:
+            if any(0 in file.get_slice(key).get_shape() for key in file.keys()):  # noqa: SIM118 (a file, not a dict)
+                return
+    raise CheckpointError(f"{STATE_NAME} is a compact export's, and the weights beside it are not empty.")
 
 
-def _write(model: PreTrainedModel, directory, stock: dict[str, Tensor], state: SparseState, **kwargs):
-    model.config.quantization_config = state.config.to_dict()
+def _check_full(model: PreTrainedModel):
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:  # as compact exports write them; newer transformers notice it themselves
+        raise CheckpointError(
+            f"'{model.name_or_path}' is a compact export without its {STATE_NAME}, which holds the weights: "
+            f"'{empty[0]}' and others are empty, a mismatch with the model. Copy that file beside the others."
+        )
+
+
+def _warn_dense(model: PreTrainedModel, why: str):
+    logger.warning(
+        f"'{model.name_or_path}' is loaded as an ordinary dense model: {why}. To train it with the zeros that it has, "
+        'call sparsify(model, density="nonzero"); save it anew to be rid of this warning. Resuming the training that '
+        "wrote the checkpoint is not possible from it."
+    )
+
+
+def _find_state(name_or_path: str | os.PathLike, places: dict) -> str | None:
+    """The directory of a checkpoint's state file, fetched from the hub if need be; `None` if it has none."""
+    if os.path.isdir(name_or_path):
+        directory = os.path.join(name_or_path, places.get("subfolder") or "")
+        return directory if os.path.isfile(os.path.join(directory, STATE_NAME)) else None
+    path = _fetch(name_or_path, STATE_NAME, places)
+    return None if path is None else os.path.dirname(path)
+
+
+def _fetch(name_or_path: str | os.PathLike, file: str, places: dict) -> str | None:
     try:
-        _stock_save_pretrained(model, directory, state_dict=stock, **kwargs)
+        return cached_file(
+            name_or_path,
+            file,
+            **places,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None  # no such repository, say: transformers is about to find the same, and words it for its own files
+
+
+def _names_us(name_or_path: str | os.PathLike, places: dict, config) -> bool:
+    """Whether a configuration has the key by which 0.1.0 told that a checkpoint is sparse."""
+    if config is not None and not isinstance(config, str | os.PathLike):
+        return hasattr(config, "quantization_config")
+    path = _fetch(name_or_path if config is None else config, CONFIG_NAME, places)
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        return "quantization_config" in json.load(file)
+
+
+_stock_from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+
+@functools.wraps(_stock_from_pretrained)
+def _from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    """As ever for a dense checkpoint; one with our state file, which fits its weights, gives the sparse model back."""
+    places = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
+    given = kwargs.get("quantization_config")
+    directory = None
+    if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+        directory = _find_state(pretrained_model_name_or_path, places)
+    if directory is not None and not (given is None or isinstance(given, TopKastConfig)):
+        logger.warning(
+            f"'{pretrained_model_name_or_path}' is a sparse checkpoint, and {type(given).__name__} quantises its "
+            "weights as those of the dense model that computes the same."
+        )
+        directory = None
+    if directory is not None:
+        # Any configuration of ours: it brings the quantizer about, and the state has its own settings.
+        legacy = _names_us(pretrained_model_name_or_path, places, kwargs.get("config"))
+        kwargs["quantization_config"] = None if legacy else TopKastConfig()
+    token = _directory.set(directory)
+    try:
+        return _stock_from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
     finally:
-        del model.config.quantization_config
-    if kwargs.get("is_main_process", True):
-        write_state(state, directory)
+        _directory.reset(token)
 
 
-_stock_save_pretrained = PreTrainedModel.save_pretrained
-_PUSH_ARGUMENTS = inspect.signature(PreTrainedModel.push_to_hub).parameters.keys()
-
-
-@functools.wraps(_stock_save_pretrained)
-def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-    """As ever for a dense model; of a sparse one, α goes out under the stock names, with the state beside it."""
-    given = {"is_main_process": is_main_process, **kwargs}
-    adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-    if adapters_only or next(sparse_layers(self), None) is None:
-        return _stock_save_pretrained(self, save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **given)
-    stock, state = split_state_dict(self, self.state_dict() if state_dict is None else state_dict)
-    _write(self, save_directory, stock, state, **given)
-    if push_to_hub and is_main_process:  # by a way that uploads the state file too
-        repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
-        self.push_to_hub(repo_id, **{key: value for key, value in kwargs.items() if key in _PUSH_ARGUMENTS})
-
-
-PreTrainedModel.save_pretrained = _save_pretrained
+PreTrainedModel.from_pretrained = classmethod(_from_pretrained)

@@ -20,7 +20,10 @@ from .durable import replacing
 
 
 STATE_NAME = "topkast_state.safetensors"
-FORMAT_VERSION = 1
+# 1, of 0.1.0, had one digest a layer, of its weights in the dtype they were saved in; else it is the same.
+FORMAT_VERSION, READABLE_VERSIONS = 2, ("1", "2")
+# `from_pretrained(dtype=...)` rounds weights, so a digest of each is kept.
+ROUNDED = (torch.bfloat16, torch.float16)
 TRAINING_TENSORS = ("active", "backward", "rest", "unvisited", "initial_reservoir_size")
 COMPACT_TENSORS = ("active", "values")
 
@@ -40,7 +43,8 @@ class SparseState:
             `.initial_reservoir_size`. In a compact export only `.active` and `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
         shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
-        digests (`dict[str, str]`): of each layer's weights on A, which `model.safetensors` holds; empty in an export.
+        digests (`dict[str, dict[str, str]]`): of each layer's weights on A, which `model.safetensors` holds, by the
+            dtype that they are loaded in; empty in an export.
         step (`int`): optimizer steps taken.
         compact (`bool`): whether it is a compact export, which holds α in place of what training needs.
     """
@@ -48,7 +52,7 @@ class SparseState:
     tensors: dict[str, Tensor]
     config: TopKastConfig
     shapes: dict[str, tuple[int, int]]
-    digests: dict[str, str]
+    digests: dict[str, dict[str, str]]
     step: int
     compact: bool = False
 
@@ -98,10 +102,10 @@ def read_state(directory: str | os.PathLike) -> SparseState:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             version = metadata.get("format_version")
-            if version != str(FORMAT_VERSION):
+            if version not in READABLE_VERSIONS:
                 raise CheckpointError(
-                    f"{path} has format version {version!r}, and this version of hf_topkast reads {FORMAT_VERSION}. "
-                    "Install the version that wrote it."
+                    f"{path} has format version {version!r}, and this version of hf_topkast reads "
+                    f"{' and '.join(READABLE_VERSIONS)}. Install the version that wrote it."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError) as error:
@@ -123,11 +127,14 @@ def _parse(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SparseState:
     config = TopKastConfig.from_dict(json.loads(metadata["config"]))
     get_method(config.method)
     select_backend(config.backend)
+    digests = dict(json.loads(metadata["digests"]))
+    if metadata["format_version"] == "1":
+        digests = {name: {dtype_name(tensors[f"{name}.rest"].dtype): found} for name, found in digests.items()}
     return SparseState(
         tensors=tensors,
         config=config,
         shapes={name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()},
-        digests=dict(json.loads(metadata["digests"])),
+        digests={name: dict(found) for name, found in digests.items()},
         step=int(metadata["step"]),
         compact=metadata.get("kind") == "compact",
     )
@@ -194,3 +201,29 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -
         total.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         total.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def weight_digests(weights: Tensor) -> dict[str, str]:
+    """The digest of a layer's weights on A, (|A|,), in their own dtype and in each that they may be rounded to."""
+    return {dtype_name(dtype): digest({"weight": weights.to(dtype)}) for dtype in (weights.dtype, *ROUNDED)}
+
+
+def fit_digests(weights: Tensor, digests: dict[str, str], saved: torch.dtype) -> bool:
+    """
+    Whether loaded weights on A, (|A|,), are those that were saved, or these rounded to the dtype they have now. Of a
+    dtype without a digest they are taken to be, if they were not saved in it.
+
+    Args:
+        weights (`torch.Tensor`): (|A|,), as loaded.
+        digests (`dict[str, str]`): as [`weight_digests`] gives them.
+        saved (`torch.dtype`): the dtype that they were saved in.
+    """
+    if torch.promote_types(weights.dtype, saved) == weights.dtype:  # no number was rounded: back to what was saved
+        weights = weights.to(saved)
+    expected = digests.get(dtype_name(weights.dtype))
+    return digest({"weight": weights}) == expected if expected is not None else weights.dtype != saved
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"float32"` and the like."""
+    return str(dtype).removeprefix("torch.")

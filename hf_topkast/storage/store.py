@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .column_walk import ColumnWalk
-from .distributed import SHARDS_INTEGERS, full, is_sharded, local, part_of, shard_like
+from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_of, shard_like
 from .in_place import rewrite
 from .pattern import Pattern, pack_bits, slot_sources
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
+from .set_watch import SetWatch, digest_of, encode, mixture
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +32,7 @@ class Moment(NamedTuple):
         return assemble_theta(self.values, self.pattern, self.reservoir)
 
 
-class SparseStorage(ColumnWalk):
+class SparseStorage(ColumnWalk, SetWatch):
     """
     What both sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
 
@@ -44,7 +45,8 @@ class SparseStorage(ColumnWalk):
             Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
-        assignments (`int`): how often the slots got new weights, so that a controller sees what it did not do itself.
+        assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
+            controller sees what it did not do itself, and a thread that saves whether it read one state or two.
     """
 
     stores_transposed = False
@@ -67,6 +69,7 @@ class SparseStorage(ColumnWalk):
         for name in STRUCTURE:
             self.register_buffer(name, getattr(pattern, name))
         self._begin_walk(pattern.column_walk)
+        self._begin_watch(pattern)
         reservoir = take_reservoir(theta, backward)
         if reservoir_device == "same":
             self.register_buffer("reservoir", reservoir)
@@ -78,6 +81,7 @@ class SparseStorage(ColumnWalk):
     @property
     def pattern(self) -> Pattern:
         """Where the values stand, and which belong to A."""
+        self.check_sets()
         return self._pattern(full(self.columns))
 
     def _pattern(self, columns: Tensor) -> Pattern:
@@ -121,7 +125,7 @@ class SparseStorage(ColumnWalk):
     def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
         """
         Makes `active` and `backward` the sets A and B; every weight keeps its number. The parameter stays the same
-        object, and its gradient is dropped, for it belongs to the former slots.
+        object, and its gradient moves with the weights: one that enters B has none, 0.
 
         Args:
             active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
@@ -133,14 +137,18 @@ class SparseStorage(ColumnWalk):
         theta = self.theta() if theta is None else theta
         pattern = Pattern.from_masks(active, backward, self.block_size)
         sources = slot_sources(self.pattern, pattern)
-        self.values.grad = None
+        self.assignments += 1
+        gradient, self.values.grad = self.values.grad, None
         self._write("values", theta.flatten()[pattern.flat_index()])
+        if gradient is not None:
+            self.values.grad = moved(gradient, sources)
         for name in STRUCTURE:
             self._write(name, getattr(pattern, name))
         if pattern.column_walk is not None:
             self._keep_walk(pattern.column_walk)
         self._write("reservoir", take_reservoir(theta, backward))
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
+        self._note_digest(pattern)
         self.assignments += 1
         return sources
 
@@ -157,6 +165,7 @@ class SparseStorage(ColumnWalk):
         elif "columns" in self._buffers:
             self.columns = nn.Parameter(self._buffers.pop("columns"), requires_grad=False)
             self._make_walk()
+            self._watch()
 
     def shard_rest(self):
         """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
@@ -187,17 +196,20 @@ class SparseStorage(ColumnWalk):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        self._watch()
         if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
             self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
         return self
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        self._watch()
         if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
             self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}sets_digest"] = self.sets_digest
         if is_sharded(self.columns):  # which gloo can only gather in 32 bits
             destination[f"{prefix}columns"] = self.columns.to(torch.int32)
         if self._rests_elsewhere:
@@ -211,21 +223,35 @@ class SparseStorage(ColumnWalk):
                 "start from dense weights load them first and sparsify the model afterwards."
             )
             return
-        problem = self._fit_storage(state_dict, prefix)
+        saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
+        problem = mixture(*saved, self.shape, self.block_size) or self._fit_storage(state_dict, prefix)
         if problem:
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if any(prefix + name in state_dict for name in STRUCTURE):
-            self._make_walk(metadata.get("assign_to_params_buffers", False))
         self.assignments += 1
-        if self._rests_elsewhere:  # no buffer, so torch does not know the key
-            key = f"{prefix}reservoir"
-            if key in state_dict:
-                self.reservoir.copy_(state_dict[key])
-                unexpected[:] = [other for other in unexpected if other != key]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        assign = metadata.get("assign_to_params_buffers", False)
+        if any(prefix + name in state_dict for name in STRUCTURE):
+            self._load_digest(state_dict.get(f"{prefix}sets_digest"), assign)
+            self._make_walk(assign)
+        self.assignments += 1
+        # No buffers, so torch does not know the keys.
+        unexpected[:] = [key for key in unexpected if key not in (f"{prefix}reservoir", f"{prefix}sets_digest")]
+        if self._rests_elsewhere:
+            if f"{prefix}reservoir" in state_dict:
+                self.reservoir.copy_(state_dict[f"{prefix}reservoir"])
             elif strict:
-                missing.append(key)
+                missing.append(f"{prefix}reservoir")
+
+    def _load_digest(self, saved: Tensor | None, assign: bool):
+        """That of the sets just loaded: the saved one, or if there is none, as in 0.1.0, what they give."""
+        if assign and saved is not None:
+            self.sets_digest = saved
+        if saved is not None and saved.dtype == torch.float64:
+            self.sets_digest.copy_(saved)
+        elif not (is_sharded(self.columns) or self.columns.is_meta or self.row_offsets.is_meta):
+            self.sets_digest = encode(digest_of(self._pattern(self.columns)))
+        self._watch()
 
     def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
         """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""

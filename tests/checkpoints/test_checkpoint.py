@@ -58,7 +58,8 @@ def test_files_hold_what_the_format_says(saved):
         assert state[f"{name}.rest"].numel() == layer.numel - layer.active_count
         assert state[f"{name}.active"].numel() == state[f"{name}.backward"].numel() == -(-layer.numel // 8)
     config = json.loads((directory / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "topkast"
+    assert "quantization_config" not in config
+    assert json.loads((directory / "topkast_config.json").read_text()) == sparse_info(model).config.to_dict()
     assert not hasattr(model.config, "quantization_config")
 
 

@@ -15,6 +15,14 @@ from hf_topkast.checkpoints import STATE_NAME, load_checkpoint
 from hf_topkast.surgery import sparse_info, sparse_layers
 
 
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """The warnings of loading."""
+    warnings = []
+    monkeypatch.setattr("hf_topkast.checkpoints.loading.logger.warning", warnings.append)
+    return warnings
+
+
 @pytest.mark.parametrize("settings", [{"explore_until": 100}, {"block_size": (4, 2)}], ids=str)
 def test_from_pretrained_gives_the_sparse_model_back(make_model, settings, tmp_path):
     model, tokens = trained(make_model, **settings), token_batches(1)[0]
@@ -50,18 +58,13 @@ def test_models_of_all_sizes_come_back_and_train_on(make_model, tmp_path, settin
     assert controller.density == pytest.approx(started_again, abs=1e-3)
 
 
-@pytest.mark.parametrize("with_state", [True, False])
-def test_a_pruned_model_comes_back_with_its_zeros(make_model, tmp_path, with_state):
+def test_a_pruned_model_comes_back_with_its_zeros(make_model, tmp_path):
     model = densify(sparsify(make_model(), density=0.3))
     model = sparsify(model, density="nonzero", method="static")
-    zeros = {name: layer.weight == 0 for name, layer in sparse_layers(model)}
     model.save_pretrained(tmp_path)
-    if not with_state:
-        (tmp_path / STATE_NAME).unlink()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert same_weights(model, loaded) or not with_state
+    assert same_weights(model, loaded)
     assert sparse_info(loaded).config.density == "nonzero"
-    assert all(torch.equal(layer.weight == 0, zeros[name]) for name, layer in sparse_layers(loaded))
 
 
 def test_loaded_model_is_an_ordinary_one(tmp_path):
@@ -118,23 +121,16 @@ def test_stock_transformers_computes_the_same(make_model, tmp_path):
     assert float(answer["zeros"]) == pytest.approx(0.8, abs=2e-3)
 
 
-def test_without_state_the_active_weights_can_be_fine_tuned(tmp_path, caplog):
-    model, tokens = trained(make_gpt2), token_batches(1)[0]
+def test_without_its_state_file_a_checkpoint_is_an_ordinary_dense_one(make_model, tmp_path, said):
+    model, tokens = trained(make_model), token_batches(1)[0]
     model.save_pretrained(tmp_path)
     (tmp_path / STATE_NAME).unlink()
-    with caplog.at_level("WARNING", logger="transformers"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
-    assert all(layer.backward_density == pytest.approx(0.4, abs=0.01) for _, layer in sparse_layers(loaded))
-
-
-def test_missing_state_warns(tmp_path, monkeypatch):
-    trained(make_gpt2).save_pretrained(tmp_path)
-    (tmp_path / STATE_NAME).unlink()
-    warnings = []
-    monkeypatch.setattr("hf_topkast.checkpoints.loading.logger.warning", warnings.append)
-    AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert len(warnings) == 1 and "resuming the training that wrote the checkpoint does not" in warnings[0]
+    assert not list(sparse_layers(loaded)) and not said
+    sparsify(loaded, density="nonzero")
+    for (_, layer), (_, other) in zip(sparse_layers(model), sparse_layers(loaded)):
+        assert torch.equal(layer.weight, other.weight)
 
 
 def test_damaged_state_is_refused(tmp_path):

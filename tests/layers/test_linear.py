@@ -91,11 +91,12 @@ def test_reassign_keeps_the_parameter_and_every_weight(dense):
     layer = make_sparse(dense)
     values, theta = layer.values, layer.theta()
     layer(torch.randn(4, 10)).sum().backward()
-    draw = torch.rand(7, 10)
+    draw, gradient = torch.rand(7, 10), values.grad.clone()
     active, backward = choose_sets(draw, 0.2, 0.5)
     places = layer.pattern.flat_index()
     sources = layer.reassign(active, backward)
-    assert layer.values is values and values.grad is None
+    assert layer.values is values
+    assert torch.equal(values.grad, torch.where(sources >= 0, gradient[sources], 0))
     assert torch.equal(layer.theta(), theta)
     assert torch.equal(layer.pattern.active_mask(), active)
     assert torch.equal(layer.pattern.backward_mask(), backward)
@@ -118,6 +119,7 @@ def test_the_size_of_a_is_read_off_once_for_each_choice_of_the_sets(dense, monke
     reads = []
     monkeypatch.setattr(Pattern, "active", property(lambda self: reads.append(1) or int(self.row_offsets[7])))
     layer, other = make_sparse(dense), make_sparse(dense, density=0.3)
+    reads.clear()
     assert (layer.active_count, layer.active_count, other.active_count) == (14, 14, 21)
     assert len(reads) == 2
     for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -1,0 +1,105 @@
+"""Sets that were not chosen for the values beside them are noticed: averages of parameters, buffers and states."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy_models import choose_sets, make_gpt2, token_batches
+
+from hf_topkast import TopKastController, sparsify
+from hf_topkast.layers import TopKastLinear
+from hf_topkast.storage.set_watch import digest_of, encode
+
+
+def make_layer(seed):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
+    return TopKastLinear(nn.Linear(10, 7), *choose_sets(torch.rand(7, 10, generator=generator), 0.2, 0.5))
+
+
+def averaged(one, two, share=0.5):
+    return {key: torch.lerp(one[key], two[key], share) if one[key].is_floating_point() else one[key] for key in one}
+
+
+def test_the_digest_is_in_the_state_and_follows_the_sets():
+    layer, other = make_layer(0), make_layer(1)
+    assert torch.equal(layer.state_dict()["sets_digest"], encode(digest_of(layer.pattern)))
+    assert not torch.equal(layer.sets_digest, other.sets_digest)
+    layer.reassign(other.pattern.active_mask(), other.pattern.backward_mask())
+    assert torch.equal(layer.sets_digest, other.sets_digest)
+    assert torch.equal(layer.to(torch.bfloat16).sets_digest, other.sets_digest)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.001])
+def test_an_average_of_states_is_refused_and_changes_nothing(share):
+    layer, other, into = make_layer(0), make_layer(1), make_layer(2)
+    before = copy.deepcopy(into.state_dict())
+    with pytest.raises(RuntimeError, match="an average of states.*average_models"):
+        into.load_state_dict(averaged(layer.state_dict(), other.state_dict(), share))
+    assert all(torch.equal(before[key], value) for key, value in into.state_dict().items())
+
+
+def test_averaged_columns_are_refused():
+    layer, other, into = make_layer(0), make_layer(1), make_layer(2)
+    state = {key: (value + other.state_dict()[key]) / 2 for key, value in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"row_offsets.*torch\.float32: averaged.*average_models"):
+        into.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_rounded_state_and_an_average_over_the_same_sets_load(kind):
+    layer, twin, into = make_layer(0), make_layer(0), make_layer(2)
+    twin.values.data.mul_(2)
+    state = averaged(layer.state_dict(), twin.state_dict())
+    into.load_state_dict({key: value.to(kind) if value.is_floating_point() else value for key, value in state.items()})
+    torch.testing.assert_close(into.values.data, 1.5 * layer.values.data, rtol=1e-2, atol=1e-3)
+    assert torch.equal(into.sets_digest, layer.sets_digest)
+
+
+def test_a_state_of_0_1_0_without_a_digest_loads():
+    layer, into = make_layer(0), make_layer(2)
+    state = layer.state_dict()
+    del state["sets_digest"]
+    into.load_state_dict(state)
+    assert torch.equal(into.sets_digest, layer.sets_digest)
+
+
+def test_overwritten_sets_are_an_error_when_they_are_used():
+    layer, x = make_layer(0), torch.randn(3, 10)
+    layer.columns.copy_(layer.columns.clone())
+    with torch.no_grad():
+        layer(x[:1])  # the same ones; the product of one token is kept from here on
+    layer.columns.copy_(9 - layer.columns.flip(0))
+    for use in (lambda: layer(x), layer.dense_weight, lambda: layer(x[:1]), lambda: layer.active_mask):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="written over from outside.*average_models"):
+            use()
+    layer.load_state_dict(make_layer(1).state_dict())
+    layer(x)
+
+
+def test_a_whole_state_written_in_place_is_taken():
+    layer, other, x = make_layer(0), make_layer(1), torch.randn(3, 10)
+    for tensor, new in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
+        tensor.copy_(new)
+    assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_torchs_average_over_refreshes_is_an_error(use_buffers):
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    TopKastController(model, optimizer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+
+    def train():
+        for tokens in token_batches(4):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+            average(token_batches(1)[0])
+
+    with pytest.raises(RuntimeError):
+        train()
