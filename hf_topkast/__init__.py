@@ -4,21 +4,34 @@ from .checkpoints import CheckpointError, export_sparse, last_whole_checkpoint
 from .config import TopKastConfig
 from .report import sparsity_report
 from .surgery import densify, sparsify
-from .training import TopKastCallback, TopKastController, TopKastTrainer, TopKastTrainerMixin
+from .training import (
+    TopKastAveragedModel,
+    TopKastCallback,
+    TopKastController,
+    TopKastEMACallback,
+    TopKastTrainer,
+    TopKastTrainerMixin,
+    average_models,
+    register_optimizer,
+)
 
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "TopKastAveragedModel",
     "TopKastCallback",
     "TopKastConfig",
     "TopKastController",
+    "TopKastEMACallback",
     "TopKastTrainer",
     "TopKastTrainerMixin",
+    "average_models",
     "densify",
     "export_sparse",
     "last_whole_checkpoint",
+    "register_optimizer",
     "sparsify",
     "sparsity_report",
 ]

@@ -1,4 +1,4 @@
-"""What a user may set: one validated dataclass, for `HfArgumentParser`, JSON and `config.json` alike."""
+"""What a user may set: one validated dataclass, for `HfArgumentParser`, JSON and the state file alike."""
 
 import copy
 import json
@@ -8,19 +8,20 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checks import check, check_regex, number, parsed, whole
+from .checks import GuardedSettings, check, check_regex, number, parsed, plain, whole
 
 
 QUANT_METHOD = "topkast"
 
 
 @dataclass
-class TopKastConfig(QuantizationConfigMixin):
+class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
     """
     Settings of Top-KAST training (Jayakumar et al., NeurIPS 2020), read by [`sparsify`] and [`TopKastController`].
 
-    It derives from `QuantizationConfigMixin` because `config.json` of a saved sparse model carries it under
-    `quantization_config`: that is how `from_pretrained` learns that a checkpoint holds sparse layers.
+    A model keeps a copy of its own, `model.topkast.config`, whose fields are checked when they are set, too. It
+    derives from `QuantizationConfigMixin` so that `from_pretrained(..., quantization_config=config)` makes a dense
+    checkpoint sparse; it stands in no `config.json`.
 
     Args:
         density (`float` or `str`, *optional*, defaults to 0.2):
@@ -163,6 +164,8 @@ class TopKastConfig(QuantizationConfigMixin):
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
 
     def __post_init__(self):
+        for spec in fields(self):
+            setattr(self, spec.name, plain(getattr(self, spec.name)))
         self._check_densities()
         allowed = "a whole number of optimizer steps, at least 1"
         check(whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
@@ -182,6 +185,8 @@ class TopKastConfig(QuantizationConfigMixin):
         self._check_block_size()
         for name in ("target_modules", "exclude_modules"):
             self._check_module_rule(name)
+        check(isinstance(self.split_fused, bool), "split_fused", self.split_fused, "True or False")
+        self.guard()
 
     def _check_densities(self):
         if isinstance(self.density, str) and self.density != "nonzero":
@@ -260,13 +265,13 @@ class TopKastConfig(QuantizationConfigMixin):
             setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types, with `quant_method`, as `config.json` stores them."""
+        """All fields as JSON types, with `quant_method`, as the state file stores them."""
         return {spec.name: copy.deepcopy(getattr(self, spec.name)) for spec in fields(self)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
         """
-        Builds the configuration from a dictionary, as `from_pretrained` does from `config.json`.
+        Builds the configuration from a dictionary, as [`TopKastConfig.to_dict`] gives it.
 
         Raises:
             ValueError: if a key is not a field, so that a setting of a newer version is never dropped silently.

@@ -1,9 +1,13 @@
-"""What all tests share: no network, quiet logs, and the fixtures."""
+"""What all tests share: no network, quiet logs, a cache of their own, and the fixtures."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
+if "PYTEST_XDIST_WORKER" not in os.environ:  # those share it
+    CACHE = tempfile.TemporaryDirectory(prefix="hf_topkast_tests_")
+    os.environ["HF_HOME"] = CACHE.name  # crossovers that were measured on this machine are not to count
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only wait for each other
 
 from pathlib import Path

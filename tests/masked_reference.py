@@ -69,13 +69,22 @@ class MaskedTraining:
     The whole method on a dense model, one `step` at a time.
 
     Schedules begin and end at steps. With `split_fused` a layer is split into as many equal parts as `parts` says by
-    the last part of its name.
+    the last part of its name. What the optimizer's state starts at, where that is not zero, is said in `starts`, by
+    name, as a function of the parameter group and θ; which other second moments it has in `second_moments`.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], config, make_optimizer, parts: dict[str, int] | None = None
+        self,
+        model: nn.Module,
+        names: list[str],
+        config,
+        make_optimizer,
+        parts: dict[str, int] | None = None,
+        starts: dict | None = None,
+        second_moments: tuple[str, ...] = (),
     ):
-        self.model, self.config, self.parts = model, config, parts or {}
+        self.model, self.config, self.parts, self.starts = model, config, parts or {}, starts or {}
+        self.second_moments = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", *second_moments)
         self.steps = 0
         self.planned = None
         self.layers = {}
@@ -200,6 +209,39 @@ class MaskedTraining:
         for key, state in self.optimizer.state[layer.theta].items():
             if torch.is_tensor(state) and state.shape == layer.theta.shape:
                 mean = state[stored].mean()
-                state[~layer.backward_set] = 0
-                if self.config.new_state == "mean" and key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg"):
+                start = self.starts[key](self.optimizer.param_groups[1], layer.theta) if key in self.starts else 0.0
+                state.copy_(torch.where(stored & layer.backward_set, state, start))
+                if self.config.new_state == "mean" and key in self.second_moments:
                     state[entering] = mean
+
+
+class OnMembersOnly:
+    """
+    An optimizer of dense weights that is shown vectors of the members of B, for those that look at a parameter as a
+    whole: they clip by its norm, for example. State is kept dense, so that a weight finds its own at its place.
+    """
+
+    def __init__(self, make_optimizer, groups: list[dict]):
+        self.thetas, self.masks = groups[1]["params"], []
+        self.vectors = [nn.Parameter(theta.detach().flatten()) for theta in self.thetas]
+        self.inner = make_optimizer([groups[0], {**groups[1], "params": self.vectors}])
+        self.param_groups = self.inner.param_groups
+        self.state = {theta: {} for theta in self.thetas}
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+        for theta in self.thetas:
+            theta.grad = None
+
+    def step(self):
+        for theta, vector, mask in zip(self.thetas, self.vectors, self.masks):
+            vector.data, vector.grad = theta.detach()[mask], theta.grad[mask]
+            for key, state in self.state[theta].items():
+                self.inner.state[vector][key] = state[mask]
+        self.inner.step()
+        for theta, vector, mask in zip(self.thetas, self.vectors, self.masks):
+            theta.masked_scatter_(mask, vector)
+            for key, state in self.inner.state[vector].items():
+                if torch.is_tensor(state) and state.shape == vector.shape:
+                    dense = self.state[theta].setdefault(key, torch.zeros_like(theta))
+                    dense.masked_scatter_(mask, state)

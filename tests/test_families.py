@@ -1,6 +1,7 @@
 """Every causal language model of transformers, from sparsify to densify; docs/families.md lists the outcome."""
 
 import copy
+import gc
 import re
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import torch
 import transformers
 from tiny_families import FAMILIES, VOCABULARY, make_family
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hf_topkast import TopKastController, densify, export_sparse, sparsify
+from hf_topkast import TopKastTrainer, densify, export_sparse, sparsify
 from hf_topkast.surgery import sparse_layers
 
 
@@ -71,8 +72,12 @@ def check_logits(found: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def loss_from(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 def loss_of(model: PreTrainedModel) -> torch.Tensor:
-    return functional.cross_entropy(logits_of(model)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    return loss_from(model(input_ids=TOKENS), TOKENS)
 
 
 def check_gradients(model: PreTrainedModel):
@@ -91,16 +96,41 @@ def check_gradients(model: PreTrainedModel):
     model.zero_grad()
 
 
-def train(model: PreTrainedModel):
-    """Three steps with a refresh after the second."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    controller = TopKastController(model, optimizer)
-    for _ in range(3):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    controller.remove()
-    assert controller.mask_churn is not None
+class SaveOnce(TrainerCallback):
+    """After the third step; `save_steps` would save after the last one too."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == 3
+
+
+def make_trainer(model: PreTrainedModel, directory: Path) -> TopKastTrainer:
+    """For four steps with a refresh after every second and a checkpoint in between."""
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=4,
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
+    return TopKastTrainer(
+        model=model, args=args, train_dataset=data, compute_loss_func=loss_from, callbacks=[SaveOnce()]
+    )
+
+
+def check_resume(model: PreTrainedModel, resumed: PreTrainedModel, directory: Path):
+    """Another model, at other weights, goes on from the checkpoint to where the straight run ended, bit for bit."""
+    make_trainer(resumed, directory).train(resume_from_checkpoint=str(directory / "checkpoint-3"))
+    check_same_layers(model, resumed)
+    others = resumed.state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, others[key]), key
 
 
 def check_same_layers(model: PreTrainedModel, loaded: PreTrainedModel):
@@ -129,6 +159,15 @@ for line in sys.stdin:
     torch.save(model(input_ids=tokens).logits.detach(), place + "/read.pt")
     print("read", flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def few_objects():
+    """Trainer collects garbage before it trains, which takes longer than training if it looks at all of torch."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +200,7 @@ def test_a_model_that_changes_its_weights_is_refused_when_it_runs(family):
 
 
 @pytest.mark.parametrize("family", installed([*WORK, *STACKED, *WRITERS]))
-def test_family(family, stock_reader, tmp_path):
+def test_family(family, stock_reader, few_objects, tmp_path):
     model = make_family(family)
     dense_types = {name: type(module) for name, module in model.named_modules()}
     settings = {"density": 0.3, "refresh_every": 2, "exclude_modules": {**STACKED, **WRITERS}.get(family)}
@@ -170,7 +209,11 @@ def test_family(family, stock_reader, tmp_path):
             sparsify(model, density=0.3)
     sparsify(model, **settings).train()
     check_gradients(model)
-    train(model)
+
+    trainer = make_trainer(model, tmp_path)
+    trainer.train()
+    assert trainer.topkast_controller.mask_churn is not None
+    check_resume(model, sparsify(make_family(family, seed=1), **settings), tmp_path)
 
     model.eval()
     logits = logits_of(model)

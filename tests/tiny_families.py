@@ -36,6 +36,7 @@ SIZES = {
     **_named("first_k_dense_replace num_dense_layers", 1),
     **_named("num_experts_per_tok num_experts_per_token moe_topk moe_k topk_group n_group num_expert_group", 1),
     **_named("vocab_size decoder_vocab_size vocab_size_per_layer_input pronunciation_vocab_size", VOCABULARY),
+    **_named("unpadded_vocab_size", VOCABULARY),
     **_named("shape_vocab_size max_position_embeddings n_positions n_ctx max_seq_len model_max_length", 64),
     **_named("context_length max_target_positions max_source_positions image_size encoder_hash_byte_group_vocab", 64),
     **_named("pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id sep_token_id", 1),
@@ -94,9 +95,9 @@ OVERRIDES = {
 }
 
 
-def make_family(family: str) -> PreTrainedModel:
+def make_family(family: str, seed: int = 0) -> PreTrainedModel:
     """The causal language model of a family, of about 20,000 weights, without dropout, in evaluation mode."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CONFIG_MAPPING[family]
     return AutoModelForCausalLM.from_config(config(**_shrunk(config))).eval()
 

@@ -50,6 +50,7 @@ def split_state_dict(
     tensors: dict[str, Tensor] = {}
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
+        layer.check_sets()
         own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in LAYER_TENSORS}
         if begun[name] % 2 or layer.assignments != begun[name]:
             raise CheckpointError(
@@ -152,28 +153,29 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
                 f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
                 f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
             )
-    dense = _dense_tensors(model)
+    own = model.state_dict()
+    dense = _dense_tensors(model, own)
+    own = {key: tensor for key, tensor in own.items() if key in dense}  # all but what sparse layers hold
     weights = to_model_names(model, _read_weights(Path(directory)), dense, directory)
     for name, *others in _places(model).values():  # a layer that stands in several counts by its first name
         for other in others:
             del dense[f"{other}.weight"]
             if f"{other}.weight" in weights:
                 weights.setdefault(f"{name}.weight", weights.pop(f"{other}.weight"))
-    _check_weights(model, weights, dense, directory)
+    _check_weights(weights, own, dense, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
         restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
     for name, layer in layers.items():
         restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
-    own = model.state_dict()
     weights = {key: shard_like(t, own[key]) if is_sharded(own[key]) else t for key, t in weights.items()}
     model.load_state_dict(weights, strict=False)
     sparse_info(model).step = state.step
     return state
 
 
-def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _dense_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict that a sparse model has as a dense one, on the meta device."""
-    dense = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in model.state_dict().items()}
+    dense = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in state_dict.items()}
     for layer, places in _places(model).items():
         shape = layer.shape[::-1] if layer.stores_transposed else layer.shape
         for place in places:
@@ -184,10 +186,9 @@ def _dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_weights(
-    model: nn.Module, weights: dict[str, Tensor], dense: dict[str, Tensor], directory: str | os.PathLike
+    weights: dict[str, Tensor], own: dict[str, Tensor], dense: dict[str, Tensor], directory: str | os.PathLike
 ):
     """Whether a checkpoint has the weights of a model, names and shapes; of tied ones it holds only one."""
-    own = model.state_dict()
     unknown = [key for key in weights if key not in dense]
     held = {local(own[key]).data_ptr() for key in weights if key in own}
     for key, shape in ((key, tuple(tensor.shape)) for key, tensor in dense.items()):

@@ -8,12 +8,14 @@ and takes itself off the model, since one with a quantizer refuses `.half()`, pl
 `save_pretrained(state_dict=...)`, none of which holds for a sparse one.
 """
 
+import contextlib
 import functools
 import json
 import os
 from collections.abc import Iterable
 from contextvars import ContextVar
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -219,8 +221,11 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         legacy = _names_us(pretrained_model_name_or_path, places, kwargs.get("config"))
         kwargs["quantization_config"] = None if legacy else TopKastConfig()
     token = _directory.set(directory)
+    # Tensors made in inference mode could not be trained; a dense checkpoint's are made in threads outside of it.
+    ordinary = contextlib.nullcontext() if kwargs.get("quantization_config") is None else torch.inference_mode(False)
     try:
-        return _stock_from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        with ordinary:
+            return _stock_from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs)
     finally:
         _directory.reset(token)
 

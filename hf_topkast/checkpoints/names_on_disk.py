@@ -1,6 +1,6 @@
 """
-From names on disk to names in the model, by transformers' own rules. Of many families it stores the weights under other
-names than the model's, or in other pieces: the experts of a stack one by one, the halves of a fused projection apart.
+From names on disk to names in the model, by transformers' own rules: it stores the weights of many families under
+other names than the model's, or in other pieces, as the experts of a stack one by one.
 """
 
 import copy
@@ -54,7 +54,7 @@ def to_model_names(
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
-    groups: dict[tuple[str, str | None], list[tuple[str, str | None]]] = {}  # what is put together; each other key alone
+    groups: dict[tuple, list[tuple[str, str | None]]] = {}  # the pieces of one tensor, or a key that is one by itself
     for key in sorted(weights, key=dot_natural_key):  # experts by number
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dense)
         if name not in dense:  # the key is the model's own already, or nobody's
@@ -62,19 +62,19 @@ def to_model_names(
         groups.setdefault((name, None if pattern else key), []).append((key, pattern))
 
     named: dict[str, Tensor] = {}
-    for (name, _), members in groups.items():
-        first, pattern = members[0]
+    for (name, _), pieces in groups.items():
+        first, pattern = pieces[0]
         if pattern is None:
             made = {name: weights.pop(first)}
         else:
             converter = copy.deepcopy(by_pattern[pattern])
-            for key, pattern in members:
+            for key, pattern in pieces:
                 converter.add_tensor(name, key, pattern, weights.pop(key))
             try:
                 made = _convert(converter, name, model, dense)
             except MISFITS as error:
                 raise CheckpointError(
-                    f"{directory} is damaged or belongs to another model: '{first}' and {len(members) - 1} other "
+                    f"{directory} is damaged or belongs to another model: '{first}' and {len(pieces) - 1} other "
                     f"tensors there do not make up '{name}' ({error})."
                 ) from error
         if twice := sorted(named.keys() & made.keys()):
@@ -84,7 +84,7 @@ def to_model_names(
 
 
 def _transforms_of(model: PreTrainedModel) -> list[WeightTransform]:
-    """What `from_pretrained` applies to names on disk; a `key_mapping` that it was given for this model comes first."""
+    """What `from_pretrained` applies to names on disk, first a `key_mapping` that this model was loaded with."""
     stock = get_model_conversion_mapping(model)
     known = [(transform.source_patterns, transform.target_patterns) for transform in stock]
     used = getattr(model, "_weight_conversions", None) or []  # by the from_pretrained that made the model
@@ -94,7 +94,7 @@ def _transforms_of(model: PreTrainedModel) -> list[WeightTransform]:
 def _convert(
     converter: WeightConverter, name: str, model: PreTrainedModel, dense: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    # Converters look at shapes and dtypes of parameters, and those of a sparse model are not the dense one's.
+    # Some look at shapes and dtypes of parameters, and those of a sparse model are not the dense one's.
     shapes = SimpleNamespace(get_parameter=dense.__getitem__)
     made = converter.convert(name, model=shapes, config=model.config)
     return {target: tensor[0] if isinstance(tensor, list) else tensor for target, tensor in made.items()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops import masked_linear, prepare_one_token, runs_one_token, select_backend
+from ..ops import composite, masked_linear, prepare_one_token, runs_one_token, select_backend
 from ..ops.reference import expand_active
 from ..storage import Pattern, SparseStorage, full, local, sum_over_ranks, unpack_bits
 from .readonly import ReadOnlyTensor
@@ -31,6 +31,7 @@ class TopKastLayer(SparseStorage):
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
         if runs_one_token(x, self._features()[0], self.backend):
+            self.check_sets()
             product = self._one_token
             if product is None or not product.fits(self._parameters, self._buffers):
                 values, bias = self.values, self.bias  # kept through the call: a parametrised bias is made for it
@@ -55,7 +56,8 @@ class TopKastLayer(SparseStorage):
         α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as
         that of the product does, for models that multiply by it themselves.
         """
-        return self.to_stock(_Alpha.apply(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
+        expand = composite.expand_active if composite.is_needed() else _Alpha.apply
+        return self.to_stock(expand(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
 
     @property
     def active_mask(self) -> Tensor:

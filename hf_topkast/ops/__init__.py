@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.utils import logging
 
 from ..storage import Pattern
-from . import costs, reference
+from . import composite, costs, reference
 
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
 
     Its backward gives dX = dY·α and, for every slot of B, the dense-formula gradient dYᵀX at that place: straight
     through for the slots of B\\A, which the forward pass does not use (the paper's §2.2).
+    Under `torch.func`, with dual numbers and for derivatives of derivatives it is composed of dense operations.
 
     Args:
         x (`torch.Tensor`): floating point, (..., in).
@@ -112,6 +113,8 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
     if not torch.is_grad_enabled() and _runs_at_once(x) and _have_numbers(values, pattern.columns, bias):
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
+    if composite.is_needed():
+        return composite.forward(x, values, pattern, bias)
     structure = pattern.row_offsets, pattern.columns, pattern.column_walk
     return _linear(x, values, *structure, bias, pattern.block_size, backend)
 
@@ -164,7 +167,7 @@ def _runs_at_once(x: Tensor) -> bool:
         x.is_meta
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or composite.is_needed()
         or is_in_torch_dispatch_mode()
     )
 
@@ -185,6 +188,11 @@ def _linear(
     block_size: Sequence[int],
     backend: str,
 ) -> Tensor:
+    if composite.in_forward_mode():
+        raise NotImplementedError(
+            "This graph was traced or exported without forward-mode differentiation, and its sparse layers would give "
+            "tangents of zero: differentiate the model itself, or trace a copy made dense by hf_topkast.densify."
+        )
     pattern = Pattern(row_offsets, columns, (_out_features(row_offsets, block_size), x.shape[-1]), tuple(block_size))
     y = implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     # Not as a view of a local tensor: autograd would refuse `y.add_(...)`, which models may do.
@@ -245,8 +253,13 @@ def _backward(ctx, dy):
     x, values, row_offsets, columns, column_walk = ctx.saved_tensors
     structure = row_offsets, columns
     need_x, need_values, *_, need_bias, _, _ = ctx.needs_input_grad
-    dx = _linear_grad_input(dy, values, *structure, column_walk, x.shape[-1], *ctx.settings) if need_x else None
-    dvalues = _linear_grad_values(dy, x, *structure, *ctx.settings) if need_values else None
+    if torch.is_grad_enabled() or composite.is_needed():  # with create_graph: derivatives of these are wanted in turn
+        pattern = Pattern(*structure, (dy.shape[-1], x.shape[-1]), tuple(ctx.settings[0]))
+        dx = composite.grad_input(dy, values, pattern) if need_x else None
+        dvalues = composite.grad_values(dy, x, pattern) if need_values else None
+    else:
+        dx = _linear_grad_input(dy, values, *structure, column_walk, x.shape[-1], *ctx.settings) if need_x else None
+        dvalues = _linear_grad_values(dy, x, *structure, *ctx.settings) if need_values else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.has_bias and need_bias else None
     return dx, dvalues, None, None, None, dbias, None, None
 

@@ -1,41 +1,85 @@
 """
 Which of two ways is faster on a CPU: the sparse kernels, or dense products through an expanded α.
 
-The model is a table of crossover densities, by product, arithmetic and number of tokens, measured with
-`python -m benchmarks.crossover` on a 2-core AVX-512 Xeon with AMX (2 threads, torch 2.13.0, 2026-11-22; the smaller of
-the crossovers at 768 × 768 and 2048 × 2048, evened out where neighbours differed by the noise of the measurement). It
-is fixed: nothing is timed at run time, so that results never vary.
+The model is a table of crossover densities, by dtype, product and number of tokens: that of this kind of CPU
+(`crossovers.py`), or one that was measured on this machine (`measured.py`). It is chosen once, at import, and nothing
+is timed at run time, so that results never vary.
 """
 
 import math
 from bisect import bisect_right
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ..storage import Pattern
+from . import measured
+from .crossovers import CROSSOVERS, TOKENS, Crossovers
 
 
-# Whether this CPU multiplies tiles of bf16, which makes dense bf16 products 5–10 times as fast as those of fp32.
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+try:
+    from .cpu import isa
+except ImportError:  # without kernels nobody asks which way is faster
+    isa = "portable"
 
-# At so many tokens …
-TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
-# … the sparse kernels are the faster way up to these densities, of A or, for grad_values, of B.
-CROSSOVERS: dict[tuple[str, bool], tuple[float, ...]] = {
-    ("forward", False): (1, 0.8, 1, 0.65, 0.36, 0.3, 0.5, 0.54, 0.6),
-    ("grad_input", False): (0.05, 0.2, 0.44, 0.19, 0.19, 0.17, 0.33, 0.5, 0.55),
-    ("grad_values", False): (1, 0.9, 1, 0.54, 0.22, 0.25, 0.34, 0.36, 0.58),
-    ("forward", True): (1, 0.46, 0.5, 0.14, 0.07, 0.02, 0.02, 0.04, 0.03),
-    ("grad_input", True): (0.24, 0.26, 0.28, 0.06, 0.03, 0.02, 0.03, 0.04, 0.03),
-    ("grad_values", True): (0.7, 0.85, 0.85, 0.28, 0.04, 0.04, 0.05, 0.08, 0.08),
-}
+logger = logging.get_logger(__name__)
+
 # How much higher the crossovers lie where blocks let outputs share the loads of their inputs (25–50% less time).
 BLOCK_GAIN = 1.3
 # The table's sparse kernels for few tokens, which walk the pattern as it is, are for single weights only (and for a
 # forward pass of up to 3 tokens): with blocks, an expanded α is faster below so many tokens, where blocks let outputs
 # share loads and where they do not.
 BLOCK_TOKENS = {True: 32, False: 128}
+# Except here, where it is so below 4 tokens only: without AVX-512 torch multiplies bf16 up to a hundred times as
+# slowly as fp32.
+SLOW_DENSE = ("avx2", "bfloat16")
+
+
+def kind_of(isa: str, amx: bool) -> str:
+    """
+    The kind of CPU, a key of `CROSSOVERS`.
+
+    Args:
+        isa (`str`): the instruction set of the kernels: `"avx512"`, `"avx2"` or `"portable"`.
+        amx (`bool`): whether the CPU has matrix units.
+    """
+    if isa != "avx512":
+        return "avx2"
+    return "amx" if amx else "avx512"
+
+
+class Table(NamedTuple):
+    """Crossovers, where they come from, and what the log is to say about it, if anything."""
+
+    crossovers: Crossovers
+    origin: str
+    notice: str | None = None
+
+
+def choose(kind: str, isa: str, path: Path) -> Table:
+    """The table measured on this machine, if `path` is one that counts here, else the one for this kind of CPU."""
+    built_in = f"the built-in table for {kind}"
+    try:
+        own = measured.read(path, kind, isa)
+    except ValueError as error:
+        return Table(CROSSOVERS[kind], built_in, f"hf_topkast uses {built_in}: {error}")
+    if own is None:
+        return Table(CROSSOVERS[kind], built_in)
+    crossovers, how = own
+    origin = f"{path}, measured on this machine {how}"
+    return Table(crossovers, origin, f"hf_topkast chooses between sparse and dense products by {origin}.")
+
+
+KIND = kind_of(isa, amx=getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+TABLE = choose(KIND, isa, measured.PATH)
+
+
+def table_in_use() -> str:
+    """Which table of crossovers this process uses, in words: the built-in one for a kind of CPU, or a file."""
+    return TABLE.origin
 
 
 def crossover(densities: tuple[float, ...], tokens: int) -> float:
@@ -56,12 +100,16 @@ def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
         x (`torch.Tensor`): the dense operand, (..., features), float32 or bfloat16.
         pattern ([`Pattern`]): of the sparse one.
     """
+    if TABLE.notice:
+        logger.warning_once(TABLE.notice)
     tokens = x.numel() // max(1, x.shape[-1])
     side = pattern.block_size[1 if product == "grad_input" else 0]
     shared = side % 4 == 0
-    if pattern.block_size != (1, 1) and tokens < BLOCK_TOKENS[shared] and (product != "forward" or tokens > 3):
+    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float32"
+    few = 4 if (KIND, dtype) == SLOW_DENSE else BLOCK_TOKENS[shared]
+    if pattern.block_size != (1, 1) and tokens < few and (product != "forward" or tokens > 3):
         return False
-    limit = crossover(CROSSOVERS[product, AMX and x.dtype == torch.bfloat16], tokens)
+    limit = crossover(TABLE.crossovers[dtype][product], tokens)
     if limit >= 1:
         return True
     if shared:

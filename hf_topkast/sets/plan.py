@@ -1,7 +1,7 @@
 """Which sets the layers of one model get under one configuration: their sizes, and then their members."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ class SetPlan:
             }
         self.overrides = match_overrides(config.density_overrides or {}, shapes)
 
-    def sizes(self, left: float, exploring: bool, read: Callable[[str], Tensor]) -> dict[str, Sizes]:
+    def sizes(
+        self, left: float, exploring: bool, read: Callable[[str], Tensor], layers: Collection[str] | None = None
+    ) -> dict[str, Sizes]:
         """
         |A| and |B| of every part of every layer, in blocks.
 
@@ -55,19 +57,23 @@ class SetPlan:
             exploring (`bool`): whether B is larger than A.
             read (`Callable`): the (out, in) weight of a layer, by name. With `density="nonzero"` only which entries
                 are not zero counts, and may be given as a bool mask.
+            layers (`Collection[str]`, *optional*): those among which the density is shared out. `None`: all.
 
         Raises:
             ValueError: if `density="nonzero"` finds no weight that is not zero in some layer, or no zero in any.
         """
+        chosen = list(self.shapes) if layers is None else [name for name in self.shapes if name in layers]
         if self.config.density == "nonzero":
-            return self._nonzero_sizes(exploring, read)
+            return self._nonzero_sizes(exploring, read, chosen)
         sizes: dict[str, Sizes] = {}
         for name, final in self.overrides.items():
+            if name not in chosen:
+                continue
             pair = self._densities(final, left, exploring)
             numbers = [rows * columns for rows, columns in self._part_shapes(name)]
             sizes[name] = [tuple(set_size(numel, density) for density in pair) for numel in numbers]
 
-        names = [name for name in self.shapes if name not in sizes]
+        names = [name for name in chosen if name not in sizes]
         shapes = [shape for name in names for shape in self._part_shapes(name)]
 
         def magnitudes():
@@ -78,7 +84,7 @@ class SetPlan:
         pair = self._densities(self.config.density, left, exploring)
         pairs = zip(*DISTRIBUTIONS[self.config.distribution](shapes, pair, magnitudes))
         sizes.update({name: [next(pairs) for _ in self.parts[name]] for name in names})
-        return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in self.shapes}
+        return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in chosen}
 
     def choose(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """A and B of one layer as bool masks of the shape of `theta`, (out, in)."""
@@ -106,10 +112,12 @@ class SetPlan:
             for rows in self.parts[name]
         ]
 
-    def _nonzero_sizes(self, exploring: bool, read: Callable[[str], Tensor]) -> dict[str, Sizes]:
+    def _nonzero_sizes(
+        self, exploring: bool, read: Callable[[str], Tensor], names: list[str]
+    ) -> dict[str, Sizes]:
         sizes: dict[str, Sizes] = {}
         zeros = 0
-        for name in self.shapes:
+        for name in names:
             kept = self._scores(read(name))
             counts = [int(kept[rows].count_nonzero()) for rows in self.parts[name]]
             if 0 in counts:

@@ -8,6 +8,7 @@ from .distributed import (
     full,
     is_sharded,
     local,
+    moved,
     part_of,
     prefix_here,
     raise_together,
@@ -18,11 +19,12 @@ from .distributed import (
 )
 from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
 from .reservoir import Arriving, assemble_theta
-from .store import STRUCTURE, TRACKING, Moment, SparseStorage
+from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage
 
 
 __all__ = [
     "GRAIN",
+    "LIVING",
     "STRUCTURE",
     "TRACKING",
     "Arriving",
@@ -34,6 +36,7 @@ __all__ = [
     "full",
     "is_sharded",
     "local",
+    "moved",
     "pack_bits",
     "part_of",
     "prefix_here",

@@ -43,22 +43,20 @@ def shard_like(whole: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def moved(numbers: Tensor, sources: Tensor, fresh: Tensor | float = 0.0) -> Tensor:
+def moved(numbers: Tensor, sources: Tensor, fresh: Tensor | None = None) -> Tensor:
     """
     One number a slot, moved with its weight to other slots.
 
     Args:
         numbers (`torch.Tensor`): (|B| before,), sharded or not.
         sources (`torch.Tensor`): int64, (|B| now,): the former slot of each slot, -1 for a weight that enters B.
-        fresh (`torch.Tensor` or `float`, *optional*, defaults to 0): what a weight that enters starts with.
+        fresh (`torch.Tensor`, *optional*): what weights that enter start with: a scalar, or (|B| now,). `None`: 0.
 
     Returns:
         `torch.Tensor`: (|B| now,), sharded as `numbers`; in a tensor of its own.
     """
     old = full(numbers)
-    new = torch.where(
-        sources >= 0, old[sources.clamp(min=0)], torch.as_tensor(fresh, dtype=old.dtype, device=old.device)
-    )
+    new = torch.where(sources >= 0, old[sources.clamp(min=0)], old.new_zeros(()) if fresh is None else fresh)
     return shard_like(new, numbers) if is_sharded(numbers) else new
 
 

@@ -1,5 +1,6 @@
 """What a sparse layer stores: its numbers, the sets A and B, and how both are changed, moved, saved and loaded."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from .set_watch import SetWatch, digest_of, encode, mixture
 
 
 logger = logging.get_logger(__name__)
+
+# Every sparse layer that there is.
+LIVING: "weakref.WeakSet[SparseStorage]" = weakref.WeakSet()
 
 STRUCTURE = ("row_offsets", "columns")
 TRACKING = ("unvisited", "initial_reservoir_size")
@@ -64,6 +68,7 @@ class SparseStorage(ColumnWalk, SetWatch):
         self.reservoir_device, self.block_size = reservoir_device, tuple(block_size)
         self.assignments = 0
         self._counted = None
+        LIVING.add(self)
         pattern = Pattern.from_masks(active, backward, self.block_size)
         self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
         for name in STRUCTURE:
@@ -203,7 +208,9 @@ class SparseStorage(ColumnWalk, SetWatch):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        LIVING.add(self)
         self._watch()
+        self._writes = -1  # a copy of sets that were written over is no better: look at its first use
         if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
             self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 

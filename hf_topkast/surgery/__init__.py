@@ -3,6 +3,7 @@ Which layers of a model become sparse, the swap of dense layers for sparse ones 
 carries as a whole.
 """
 
+from . import resizing as resizing  # refuses it where the head is sparse
 from .counts import SparsityCounts, count_sparsity
 from .replace import (
     SparseInfo,

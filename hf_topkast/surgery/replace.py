@@ -1,8 +1,10 @@
 """The swap of dense layers for sparse ones, and back, and what a sparse model carries as a whole."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,11 +14,14 @@ from ..config import TopKastConfig
 from ..layers import TopKastLayer, sparse_type
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
+from .carry import carry_over, warn_of_lost_hooks
 from .targets import find_targets
 
 
 logger = logging.get_logger(__name__)
 
+# What the layers of a model were made with.
+OF_THE_LAYERS = ("block_size", "split_fused", "target_modules", "exclude_modules", "reservoir_device", "backend")
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -26,14 +31,20 @@ class SparseInfo:
     What a sparse model carries as a whole, as the attribute `topkast`.
 
     Attributes:
-        config ([`TopKastConfig`]): the settings it was made sparse with.
+        config ([`TopKastConfig`]): a copy of the settings it was made sparse with. Fields may be set; those that the
+            layers were made with are refused.
         step (`int`): optimizer steps that a controller has counted.
     """
 
     config: TopKastConfig
     step: int = 0
 
+    def __post_init__(self):
+        self.config = copy.deepcopy(self.config)
+        self.config.fix(OF_THE_LAYERS, "what the sparse layers were made with; densify the model and sparsify it anew")
 
+
+@torch.inference_mode(False)  # training could not go on with what is made in it
 def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) -> nn.Module:
     """
     Replaces projections of a model by truly sparse Top-KAST layers, in place.
@@ -51,11 +62,17 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         `torch.nn.Module`: the same object.
 
     Raises:
+        TypeError: if `config` is not a [`TopKastConfig`], or a setting is not one of its fields.
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
-            no layer matches (the message lists candidates), if a named layer is of an unsupported type or tied to
-            another, if blocks do not fill a layer, if a weight is NaN, infinite or not loaded yet, or as [`SetPlan`]
-            says. The model is unchanged then.
+            no layer matches (the message lists candidates), if a named layer is of an unsupported type, tied to
+            another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite or not
+            loaded yet, or as [`SetPlan`] says. The model is unchanged then.
     """
+    if not (config is None or isinstance(config, TopKastConfig)):
+        raise TypeError(
+            "sparsify takes a TopKastConfig, or its fields by name as in sparsify(model, density=0.2), not "
+            f"{config!r}."
+        )
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
     config = config or TopKastConfig(**settings)
@@ -87,12 +104,14 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
     for name in list(targets):
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
         active, backward = plan.choose(name, weight_rows(dense), sizes[name])
+        warn_of_lost_hooks(name, dense.weight)
         replace_module(model, dense, make_sparse(dense, active, backward, config))
     mark_sparse(model, SparseInfo(config))
     _log_summary(model)
     return model
 
 
+@torch.inference_mode(False)
 def densify(model: nn.Module) -> nn.Module:
     """
     Puts ordinary dense layers with the weights α back, in place: the model computes what the sparse one did.
@@ -180,7 +199,8 @@ def weight_rows(dense: nn.Module) -> Tensor:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
-    """Puts `new` in every place of `model` that holds the object `old`."""
+    """Puts `new` in every place of `model` that holds the object `old`, with what was registered and noted on it."""
+    carry_over(old, new)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:

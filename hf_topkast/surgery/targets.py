@@ -7,7 +7,8 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from ..config import TopKastConfig
-from ..layers import SPARSE_TYPES, sparse_type
+from ..layers import SPARSE_TYPES, TopKastLayer, sparse_type
+from .carry import check_carried
 
 
 # Routers of mixture-of-experts blocks: tiny, and a pruned one would cut experts off.
@@ -36,6 +37,8 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
         chosen = {name: module for name, module in model.named_modules() if name and _names(rule, name, module)}
     targets = {name: module for name, module in chosen.items() if not _matches(name, excluded)}
     for name, module in targets.items():
+        if isinstance(module, tuple(SPARSE_TYPES)):
+            check_carried(name, module)
         _check_supported(name, module, shared)
     if not targets:
         raise ValueError(f"No layer of {type(model).__name__} is left to be made sparse: {_candidates(model)}")
@@ -43,17 +46,26 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
 
 
 def _projections(model: nn.Module, shared: set[int], blocks_only: bool) -> dict[str, nn.Module]:
-    """Every convertible layer but the head, routers and tied weights; all of them or those inside the blocks."""
+    """
+    Every convertible layer but the head, routers and tied weights; all of them or those inside the blocks. Also those
+    with a weight that is computed: they must not stay dense unnoticed.
+    """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     blocks = _block_modules(model)
     return {
         name: module
-        for name, module in _convertible(model).items()
-        if module is not head
-        and id(module.weight) not in shared
+        for name, module in model.named_modules()
+        if (sparse_type(module) is not None or _is_computed(module))
+        and module is not head
+        and id(module._parameters.get("weight")) not in shared
         and not ROUTER_NAME.search(name.rpartition(".")[2])
         and (not blocks_only or name in blocks)
     }
+
+
+def _is_computed(module: nn.Module) -> bool:
+    projection = isinstance(module, tuple(SPARSE_TYPES)) and not isinstance(module, TopKastLayer)
+    return projection and module._parameters.get("weight") is None
 
 
 def _convertible(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,14 +5,22 @@ other loop, in one process or many.
 It reads the steps and the optimizer, and changes layers only through what [`hf_topkast.storage`] offers.
 """
 
+from .averaged_model import TopKastAveragedModel
+from .averages import average_models
 from .callback import TopKastCallback
 from .controller import TopKastController
+from .ema import TopKastEMACallback
+from .optimizer_states import register_optimizer
 from .trainer import TopKastTrainer, TopKastTrainerMixin
 
 
 __all__ = [
+    "TopKastAveragedModel",
     "TopKastCallback",
     "TopKastController",
+    "TopKastEMACallback",
     "TopKastTrainer",
     "TopKastTrainerMixin",
+    "average_models",
+    "register_optimizer",
 ]

@@ -1,5 +1,6 @@
 """What happens around an optimizer step: the penalty before it, a refresh after it, all from the optimizer's hooks."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,23 +12,30 @@ from ..layers import TopKastLayer
 from ..storage import local, prefix_here, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
 from .engines import check_engine, find_ddp
-from .optimizers import check_optimizer, exclude_from_weight_decay, unwrap_optimizer
+from .optimizers import check_optimizer, unwrap_optimizer
 from .penalty import add_penalty, penalty_of, shrink
 from .refresher import Refresher
+from .watch import controller_of, unwatch, watch
+from .weight_decay import WithoutDecay
 
 
 logger = logging.get_logger(__name__)
+
+# Settings that may change during training, and count from the next step or refresh on.
+LIVE = {"density", "backward_density", "refresh_every", "penalty", "new_state", "exploration_lr_scale"}
 
 
 class TopKastController:
     """
     Runs Top-KAST in any training loop: plain, Accelerate, TRL or Trainer.
 
-    It hooks the optimizer's step and needs no other call. Before a step it adds the exploration penalty, after it it
-    counts the step and, when one is due, chooses A and B again and moves the optimizer's state with its weights.
+    It hooks the optimizer's step and needs no other call. Before a step it adds the exploration penalty (with
+    `step(closure)` after the closure), after it it counts the step and, when one is due, chooses A and B again and
+    moves the optimizer's state with its weights.
 
-    Make it after the optimizer and before the learning rate scheduler. The values of sparse layers are taken out of
-    the optimizer's own weight decay: the penalty has its place.
+    Make it after the optimizer; schedulers may come before or after it. The values of sparse layers are left out of
+    the optimizer's own weight decay: the penalty has its place. A copy (`copy.deepcopy`, pickle) of model, optimizer
+    and controller together trains on by itself.
 
     Args:
         model (`torch.nn.Module`): a model that [`sparsify`] has made sparse, wrapped or not.
@@ -51,17 +59,17 @@ class TopKastController:
         root = sparse_root(model)
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
+        self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
+        self._settings = self._settled()
         self._exploration_before: dict[str, Tensor] = {}
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
         check_optimizer(self.optimizer, values, self.config.penalty_mode)
-        for hook in self.optimizer._optimizer_step_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), TopKastController):
-                raise ValueError(
-                    "The optimizer has a TopKastController already, and two would apply everything twice. Call "
-                    "remove() on the first one. (TopKastTrainer makes its own.)"
-                )
-        exclude_from_weight_decay(self.optimizer, values)
+        if controller_of(self.optimizer) is not None:
+            raise ValueError(
+                "The optimizer has a TopKastController already, and two would apply everything twice. Call remove() "
+                "on the first one. (TopKastTrainer makes its own.)"
+            )
         self._refresher.check_changes()
         for layer in self.layers.values():
             layer.shard_rest()
@@ -69,10 +77,7 @@ class TopKastController:
         self._restarted_from = self.step
         self.step = 0
         self._see_layers()
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._on_step_begin),
-            self.optimizer.register_step_post_hook(self._on_step_end),
-        ]
+        self._attach()
         if self._refresher.exploration_end == 0:
             self.end_exploration()
 
@@ -85,24 +90,58 @@ class TopKastController:
     def step(self, step: int):
         self._info.step = step
 
+    def _attach(self):
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._on_step_begin),
+            self.optimizer.register_step_post_hook(self._on_step_end),
+        ]
+        watch(self)
+
     def remove(self):
         """Takes the hooks off the optimizer: from then on A and B stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        unwatch(self)
 
-    # What happens around a step
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks are not copied with an optimizer; those of a controller that was removed are not to come back.
+        return {**self.__dict__, "_hooks": controller_of(self.optimizer) is self}
 
+    def __setstate__(self, state: dict[str, Any]):
+        self.__dict__.update(state)
+        if state["_hooks"]:
+            self._attach()
+        else:
+            self._hooks = []
+
+    # What happens around a step. The hooks are kept out of a compiled step: traced, they would move the optimizer's
+    # state of one layer by the sources of another.
+
+    @torch.compiler.disable
     @torch.no_grad()
-    def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        if any(argument is not None for argument in (*args[1:], *kwargs.values())):
-            raise ValueError(
-                f"{type(optimizer).__name__}.step(closure) computes gradients inside the step, where the exploration "
-                "penalty cannot reach them. Call loss.backward() first and then step() without a closure."
-            )
+    def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._skips(optimizer):
-            return
+            return None
+        self._check_settings()
         self._warn_of_restart()
         self._check_layers()
+        self._refresher.before_step(self.step + 1)
+        self._decay.begin()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._change_gradients(optimizer)
+            return None
+
+        def closure_and_penalty():
+            loss = closure()
+            with torch.no_grad():
+                self._change_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_and_penalty}
+
+    def _change_gradients(self, optimizer: Optimizer):
+        """What comes between the loss's gradients and the optimizer's update."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in self.layers.items():
             if layer.values.grad is None:
@@ -137,10 +176,26 @@ class TopKastController:
         self._seen = {name: layer.assignments for name, layer in self.layers.items()}
         self._density = self.density
 
+    def _settled(self) -> dict[str, Any]:
+        """The settings that are read once, when the controller is made."""
+        return {spec.name: getattr(self.config, spec.name) for spec in fields(self.config) if spec.name not in LIVE}
+
+    def _check_settings(self):
+        now = self._settled()
+        if now != self._settings:
+            name = next(name for name in now if now[name] != self._settings[name])
+            raise ValueError(
+                f"{name}={now[name]!r} was set after the TopKastController was made, which works with "
+                f"{self._settings[name]!r}. Set it back; or remove() the controller and make a new one."
+            )
+
     def _check_layers(self):
         """Moments must not meet weights that they do not belong to."""
         for name, count in self._seen.items():
-            if self.layers[name].assignments != count:
+            layer = self.layers[name]
+            if layer.assignments != count and not self.optimizer.state.get(layer.values):
+                self._see_layers()  # loaded before the first step
+            elif layer.assignments != count:
                 raise ValueError(
                     f"Layer '{name}' got other weights (load_state_dict, for example) since the controller last saw "
                     "it, and the optimizer's state belongs to the former ones. Load the optimizer's state as well, "
@@ -157,8 +212,10 @@ class TopKastController:
             scale = getattr(self.optimizer, "grad_scale", None)
             add_penalty(local(layer.values.grad), local(layer.values), *place, self.config.penalty, scale)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        self._decay.end()
         if self._skips(optimizer):
             return
         for name, before in self._exploration_before.items():

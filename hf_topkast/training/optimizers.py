@@ -4,24 +4,10 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.optimization import Adafactor
 
-from ..storage import full, is_sharded, local, part_of, shard_like
-
-
-# Their per-weight state is a vector of the weight's shape that starts at zero, so it can move, be dropped and start
-# afresh with its weight. That cannot be told of an optimizer in general, hence a list.
-SUPPORTED = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adafactor,
-    torch.optim.RMSprop,
-    Adafactor,
-)
-
-# Running means of squared gradients, under the names that torch and transformers give them.
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance"})
+from ..config import TopKastConfig
+from ..storage import full, is_sharded, local, moved, shard_like
+from .optimizer_states import StateRule, state_rule, supported_optimizers
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -39,16 +25,22 @@ def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], penal
         penalty_mode (`str`): as in [`TopKastConfig`]; `"decoupled"` needs a learning rate.
 
     Raises:
-        ValueError: if its state may not move with a weight, if it does not hold some layer's values, if it keeps a
-            state of another shape for them, or if it has no learning rate for a decoupled penalty.
+        ValueError: if its state may not move with a weight, if it steps inside the backward pass, if it does not hold
+            some layer's values, if it keeps a state of another shape for them, or if it has no learning rate for a
+            decoupled penalty.
     """
     kind = type(optimizer)
-    if not isinstance(optimizer, SUPPORTED):
-        names = ", ".join(dict.fromkeys(supported.__name__ for supported in SUPPORTED))
+    if state_rule(kind) is None:
         raise ValueError(
             f"The optimizer {kind.__name__} ({kind.__module__}) cannot train sparse layers: its state is not known to "
             "be one number per weight that can move with its weight when A and B change, as 8-bit and matrix-wise "
-            f"optimizers show. Use one of {names}, or a subclass."
+            f"optimizers show. Use one of {supported_optimizers()}, or a subclass. If its state is one number per "
+            f"weight, say what it starts at: hf_topkast.register_optimizer({kind.__name__}, fresh=...)."
+        )
+    if any(group.get("gradient_release") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind.__name__} with gradient_release=True takes its steps inside the backward pass, one parameter at a "
+            "time, where neither the exploration penalty nor a refresh has a place. Set gradient_release=False."
         )
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in values.items() if id(parameter) not in groups]
@@ -66,20 +58,59 @@ def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], penal
             )
 
 
+def check_outside_changes(optimizer: Optimizer, config: TopKastConfig):
+    """
+    Refuses settings that change values outside the optimizer's step, where the optimizer would have to know of it.
+
+    Schedule-free optimizers, for one, do not store the average x that they evaluate: it follows from the parameter, y,
+    and the state z. Were y alone scaled or shrunk, x would move the other way, or by more than y.
+
+    Raises:
+        ValueError: if the optimizer keeps another version of the weights and a setting changes the values alone.
+    """
+    rule = state_rule(type(optimizer))
+    if rule is None or not rule.mirrors_values:
+        return
+    decoupled = config.penalty_mode == "decoupled" and config.penalty != 0
+    for changes, setting, way_out in (
+        (config.exploration_lr_scale != 1, f"exploration_lr_scale={config.exploration_lr_scale}", "Leave it at 1.0"),
+        (decoupled, "penalty_mode='decoupled'", "Use penalty_mode='coupled'"),
+    ):
+        if changes:
+            raise ValueError(
+                f"{setting} changes values outside the optimizer's step, and {type(optimizer).__name__} keeps another "
+                f"version of them in its state, which would no longer fit. {way_out}, or use another optimizer."
+            )
+
+
 def check_state(optimizer: Optimizer, name: str, values: nn.Parameter):
     """
     Refuses optimizer state that does not belong to a layer's values as they are.
 
     Raises:
-        ValueError: if a state tensor is neither a scalar nor of the values' shape; the message names layer and state.
+        ValueError: if a state is a collection, or a tensor that is neither a single number nor of the values' shape,
+            or if a state that is registered is not there; the message names layer and state.
     """
-    for key, state in optimizer.state.get(values, {}).items():
-        if isinstance(state, Tensor) and state.ndim and state.shape != values.shape:
+    kind, held = type(optimizer).__name__, optimizer.state.get(values, {})
+    for key, state in held.items():
+        if isinstance(state, list | tuple | dict):
             raise ValueError(
-                f"Layer '{name}': {type(optimizer).__name__} keeps a state '{key}' of shape {tuple(state.shape)} for "
-                f"values of shape {tuple(values.shape)}. Load the optimizer state that was saved with these weights, "
-                "or start with a new optimizer."
+                f"Layer '{name}': {kind} keeps a {type(state).__name__} as state '{key}', which cannot move with its "
+                "weights. Use an optimizer whose state is one number per weight."
             )
+        if isinstance(state, Tensor) and state.numel() != 1 and state.shape != values.shape:
+            raise ValueError(
+                f"Layer '{name}': {kind} keeps a state '{key}' of shape {tuple(state.shape)} for values of shape "
+                f"{tuple(values.shape)}. Load the optimizer state that was saved with these weights, or start with a "
+                "new optimizer."
+            )
+    rule = state_rule(type(optimizer))
+    absent = [key for key in rule.fresh if key not in held] if held and rule is not None else []
+    if absent:
+        raise ValueError(
+            f"Layer '{name}': {kind} keeps no state '{absent[0]}', whose start is registered; it keeps "
+            f"{', '.join(map(repr, held))}. Name its states in register_optimizer as it does."
+        )
 
 
 def whole_state(optimizer: Optimizer, keep: bool = True) -> dict:
@@ -124,52 +155,52 @@ def _belongs_to_shards(value, parameter: nn.Parameter) -> bool:
     return is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
-def exclude_from_weight_decay(optimizer: Optimizer, values: dict[str, nn.Parameter]):
-    """
-    Moves the values of sparse layers into parameter groups without weight decay.
-
-    Raises:
-        ValueError: if a scheduler already keeps a learning rate for each group, so that groups cannot be split.
-    """
-    sparse = {id(parameter) for parameter in values.values()}
-    for group in list(optimizer.param_groups):
-        chosen = [parameter for parameter in group["params"] if id(parameter) in sparse]
-        if not chosen or not group.get("weight_decay"):
-            continue
-        if len(chosen) == len(group["params"]):
-            group["weight_decay"] = 0.0
-            continue
-        if "initial_lr" in group:
-            raise ValueError(
-                "The optimizer decays sparse values together with other weights, and a learning rate scheduler is "
-                "attached already. Make the TopKastController before the scheduler, use TopKastTrainer, or give the "
-                "parameters named '*.values' a group of their own with weight_decay=0."
-            )
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in sparse]
-        optimizer.add_param_group({**group, "params": chosen, "weight_decay": 0.0})
-
-
-def carry_state(state: dict, sources: Tensor, new_state: str):
+def carry_state(optimizer: Optimizer, values: nn.Parameter, sources: Tensor, former: int, new_state: str):
     """
     Moves one parameter's optimizer state with its weights, in place where the size stays.
 
-    A weight that stays in B keeps its state bit by bit. One that enters gets a first moment of zero and, with
-    `new_state="mean"`, the layer's mean second moment instead of zero.
+    A weight that stays in B keeps its state bit by bit. One that enters gets what the state of this kind of optimizer
+    starts at or, with `new_state="mean"`, the layer's mean second moment.
 
     Args:
-        state (`dict`): `optimizer.state[values]`, of which every tensor but scalars has the values' former shape.
+        optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
+        values (`torch.nn.Parameter`): the values of a sparse layer, the newcomers among them.
         sources (`torch.Tensor`): int64, (|B|,): former slot of each new slot, -1 for a weight that enters.
+        former (`int`): how many slots there were; state of another size is of the whole parameter and stays.
         new_state (`str`): `"zero"` or `"mean"`.
     """
+    state = optimizer.state.get(values)
+    if not state:
+        return
+    rule = state_rule(type(optimizer))
+    group = next(group for group in optimizer.param_groups if any(held is values for held in group["params"]))
     stays = sources >= 0
-    slots = sources.clamp(min=0)
+    newcomers = full(values.detach())[~stays] if any(map(callable, rule.fresh.values())) else None
     for key, stored in state.items():
-        if not isinstance(stored, Tensor) or stored.ndim == 0:
+        if not isinstance(stored, Tensor) or stored.ndim == 0 or stored.numel() != former:
             continue  # a step count, or what holds for the whole parameter
-        old = full(stored)
-        fresh = old.mean() if new_state == "mean" and key in SECOND_MOMENTS else old.new_zeros(())
-        moved = torch.where(stays, old[slots], fresh)
-        if moved.shape == old.shape:
-            local(stored).copy_(part_of(moved, stored))
+        if new_state == "mean" and key in rule.second_moments:
+            fresh = full(stored).mean()
         else:
-            state[key] = moved
+            fresh = _start(rule, key, group, newcomers, stays).to(stored.device, stored.dtype)
+        arrived = moved(stored, sources, fresh)
+        if arrived.shape == stored.shape:
+            local(stored).copy_(local(arrived))
+        else:
+            state[key] = arrived
+
+
+def _start(rule: StateRule, key: str, group: dict, newcomers: Tensor | None, stays: Tensor) -> Tensor:
+    """What the newcomers' state `key` begins with: one number for all, or one for each, in its slot."""
+    start = rule.fresh.get(key, 0.0)
+    if callable(start):
+        start = start(group, newcomers)
+    if not isinstance(start, Tensor) or start.ndim == 0:
+        return torch.tensor(float(start), dtype=torch.float64)
+    if start.shape != newcomers.shape:
+        raise ValueError(
+            f"The start registered for the optimizer's state '{key}' has shape {tuple(start.shape)}, where "
+            f"{tuple(newcomers.shape)} weights enter B. Give register_optimizer a function that returns a number, or "
+            "one for each of the values it is given."
+        )
+    return start.new_zeros(stays.shape).masked_scatter(~stays, start)

@@ -18,7 +18,7 @@ from ..sets import SetPlan, Sizes, check_finite, density_window, next_refresh, r
 from ..storage import Arriving, Moment, check_agreement, local, raise_together, set_digest, world_size
 from .ahead import Choice, choose_ahead, unpacked
 from .engines import check_lag, check_resizing, rebuild_buckets
-from .optimizers import carry_state, check_state
+from .optimizers import carry_state, check_outside_changes, check_state
 
 
 logger = logging.get_logger(__name__)
@@ -32,7 +32,7 @@ CHOOSING_SETTINGS = (
 
 class Refresher:
     """
-    Changes the sets of a model's layers when the schedules say so.
+    Changes the sets of a model's layers when the schedules say so. A frozen layer keeps its sets and sizes.
 
     Args:
         root (`torch.nn.Module`): the model in which the layers have their names.
@@ -48,7 +48,8 @@ class Refresher:
         seconds (`float`, *optional*): how long training waited for the last refresh.
 
     Raises:
-        ValueError: if a schedule needs `total_steps` and it is not given, or the plan cannot be made.
+        ValueError: if a schedule needs `total_steps` and it is not given, the plan cannot be made, or a setting does
+            not go with the optimizer.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Refresher:
         ddp: DistributedDataParallel | None,
         total_steps: int | None,
     ):
+        check_outside_changes(optimizer, config)
         self.layers, self.config, self.optimizer = layers, config, optimizer
         self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
         self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
@@ -82,7 +84,7 @@ class Refresher:
         Raises:
             ValueError: if it cannot; the message names the setting.
         """
-        explores = any(layer.backward_density > layer.density for layer in self.layers.values())
+        explores = any(layer.backward_density > layer.density for layer in self._moving().values())
         setting = None
         if self.exploration_end is not None and explores:
             setting = f"explore_until={self.config.explore_until!r}"
@@ -91,9 +93,20 @@ class Refresher:
         elif self.config.distribution == "global":
             setting = "distribution='global'"
         if setting is not None:
-            check_resizing(setting, self.layers.values(), self._ddp)
+            check_resizing(setting, self._moving().values(), self._ddp)
         if self.config.refresh_lag:
             check_lag(self.config.refresh_lag, self.layers.values())
+
+    def before_step(self, step: int):
+        """
+        Before optimizer step `step`, if it ends in a refresh: whether all weights are numbers, while one that is none
+        has not spoilt the others yet.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite; the message names the layer.
+        """
+        if self._next(step - 1) == step and self._plan.method.refreshes:
+            self._check_numbers()
 
     def after_step(self, step: int) -> bool:
         """
@@ -111,14 +124,15 @@ class Refresher:
     def refresh(self, step: int) -> bool:
         """
         Changes A and B of every layer to what was chosen ahead for this step, or chooses them now, in the sizes of the
-        step. Says whether it did: a method may never refresh.
+        step. Says whether it did: a method may never refresh, and layers may all be frozen.
         """
-        if not self._plan.method.refreshes:
+        moving = self._moving()
+        if not (self._plan.method.refreshes and moving):
             return False
         start = time.perf_counter()
         self._check_numbers()
         stored, chosen = self._stored(), self._take_choice(step)
-        sizes = self._sizes(step, self.layers) if chosen is None else {}
+        sizes = self._sizes(step, moving) if chosen is None else {}
         members = left = 0
         for name, layer, theta in self._thetas():
             was_active = layer.pattern.active_mask()
@@ -170,7 +184,7 @@ class Refresher:
         self._arrived = state.get("arrived", self._arrived)
         if ahead is None:
             return
-        expected = {name: (2, -(-layer.numel // 8)) for name, layer in self.layers.items()}
+        expected = {name: (2, -(-layer.numel // 8)) for name, layer in self._moving().items()}
         found = {name: tuple(sets.shape) for name, sets in ahead["sets"].items() if sets.dtype == torch.uint8}
         if found != expected:
             raise ValueError("The sets in the state of this TopKastController, chosen ahead, are of another model.")
@@ -189,8 +203,8 @@ class Refresher:
             check_agreement(digests, self._group)
 
     def _thetas(self) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
-        """The layers with θ of each, one at a time; meanwhile the reservoir of the next one is on its way."""
-        layers = list(self.layers.items())
+        """The layers that move, with θ of each, one at a time, while the reservoir of the next one is on its way."""
+        layers = list(self._moving().items())
         coming = None
         for (name, layer), following in zip(layers, [*layers[1:], None]):
             arriving = coming or Arriving(layer.reservoir, layer.values.device)
@@ -199,6 +213,10 @@ class Refresher:
             del arriving  # its layer is about to get another one
             yield name, layer, theta
 
+    def _moving(self) -> dict[str, TopKastLayer]:
+        """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
+        return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
+
     def _next(self, step: int) -> int:
         return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])
 
@@ -206,7 +224,7 @@ class Refresher:
         """Has a thread choose the sets of the refresh at `step` from the present weights."""
         if self._plan.method.refreshes:
             self._check_numbers()
-            self._choice = choose_ahead(self._key(step), self.layers, self._plan, partial(self._sizes, step))
+            self._choice = choose_ahead(self._key(step), self._moving(), self._plan, partial(self._sizes, step))
 
     def _take_choice(self, step: int) -> dict[str, Tensor] | None:
         """What was chosen ahead for this step under these settings, once."""
@@ -224,6 +242,7 @@ class Refresher:
     def _key(self, step: int) -> list:
         """All that the sets of a step depend on beside the weights, as JSON types."""
         settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
+        settings["layers"] = list(self._moving())
         return [step, self._left(step), self._explores(step), json.dumps(settings)]  # of overrides the order counts
 
     def _left(self, step: int) -> float:
@@ -239,13 +258,14 @@ class Refresher:
             nonzero = self.config.density == "nonzero"
             return layers[name].pattern.active_mask() if nonzero else layers[name].theta()
 
-        return self._plan.sizes(self._left(step), self._explores(step), read)
+        return self._plan.sizes(self._left(step), self._explores(step), read, list(layers))
 
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
-        sizes = self._plan.sizes(0.0, True, lambda name: self.layers[name].theta())
+        moving = self._moving()
+        sizes = self._plan.sizes(0.0, True, lambda name: moving[name].theta(), list(moving))
         final = sum(size for parts in sizes.values() for size, _ in parts)
-        return final == sum(layer.active_count for layer in self.layers.values())
+        return final == sum(layer.active_count for layer in moving.values())
 
     def _stored(self) -> list[int]:
         return [layer.values.numel() for layer in self.layers.values()]
@@ -263,7 +283,6 @@ class Refresher:
 
     def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
         layer = self.layers[name]
+        former = layer.values.numel()
         sources = layer.reassign(active, backward, theta)
-        state = self.optimizer.state.get(layer.values)
-        if state:
-            carry_state(state, sources, self.config.new_state)
+        carry_state(self.optimizer, layer.values, sources, former, self.config.new_state)

@@ -29,7 +29,7 @@ from ..surgery import count_sparsity, sparse_info, sparse_layers
 from .callback import AHEAD_NAME, TopKastCallback, saved_schedule
 from .controller import TopKastController
 from .engines import DEEPSPEED, FSDP1
-from .optimizers import exclude_from_weight_decay, load_whole_state, unwrap_optimizer, whole_state
+from .optimizers import load_whole_state, unwrap_optimizer, whole_state
 
 
 logger = logging.get_logger(__name__)
@@ -63,8 +63,6 @@ class TopKastTrainerMixin:
         """What the engine that spreads the training over processes has to know; refuses those that cannot do it."""
         if self.is_deepspeed_enabled:
             raise ValueError(DEEPSPEED)
-        if self.args.ddp_broadcast_buffers is None:
-            self.args.ddp_broadcast_buffers = False
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.fsdp_version != 2:
@@ -87,18 +85,15 @@ class TopKastTrainerMixin:
         sparse = {f"{name}.values" for name, _ in sparse_layers(model)}
         return [name for name in super().get_decay_parameter_names(model) if name not in sparse]
 
-    def create_optimizer(self, *args, **kwargs):
-        """As the base trainer's; an optimizer of the user's own loses its decay of sparse values too."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        values = {name: layer.values for name, layer in sparse_layers(self.model)}
-        exclude_from_weight_decay(unwrap_optimizer(optimizer), values)
-        return optimizer
-
     def log(self, logs: dict[str, float], *args, **kwargs):
-        """Logs with the `topkast/` metrics beside each training loss."""
+        """
+        Logs with the `topkast/` metrics beside each training loss. Loggers get the seconds of a refresh too; the
+        history, which is part of a checkpoint, does not, so that two runs of one seed have equal states.
+        """
         if self.topkast_controller is not None and "loss" in logs:
             logs = {**logs, **self.topkast_controller.metrics()}
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1].pop("topkast/refresh_seconds", None)
 
     def create_model_card(self, *args, **kwargs):
         """As the base trainer's, with the densities of every layer at the end."""

@@ -113,6 +113,21 @@ def test_tied_weights(tmp_path):
     assert other.get_input_embeddings().weight is other.get_output_embeddings().weight
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_layer_that_stands_in_two_places(kept, tmp_path):
+    def make_shared(seed):
+        model = make_llama(seed)
+        first, second = model.model.layers
+        second.mlp = first.mlp
+        model._tied_weights_keys = {f"layers.{1 - kept}.mlp": f"layers.{kept}.mlp"}
+        return sparsify(model, density=0.3)
+
+    model, other = make_shared(0), make_shared(1)
+    assert {key.split(".")[2] for key in saved(model, tmp_path) if "mlp" in key} == {str(kept)}
+    load_checkpoint(other, tmp_path)
+    assert same(other.state_dict(), model.state_dict())
+
+
 def test_names_that_the_user_gave_by_key_mapping(tmp_path):
     first = make_llama()
     weights = {f"their.{key}": tensor for key, tensor in saved(first, tmp_path / "theirs").items()}

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import ops
@@ -147,6 +148,33 @@ def test_frozen_inputs_get_no_gradient():
     masked_linear(x.detach(), values.detach(), pattern, bias, "reference").sum().backward()
     assert values.grad is None and x.grad is None
     assert bias.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_ordinary_training_and_inference_run_the_operators(monkeypatch, backend, dtype):
+    def refuse(*operands):
+        raise AssertionError("composed of dense operations")
+
+    for product in ("forward", "grad_input", "grad_values"):
+        monkeypatch.setattr(ops.composite, product, refuse)
+    _, _, pattern, values, x, bias = problem(dtype)
+
+    def layer(x):
+        return masked_linear(x, values, pattern, bias, backend)
+
+    layer(x).sum().backward()
+    for reentrant in (True, False):
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    with torch.no_grad():
+        layer(x)
+    with forward_ad.dual_level(), pytest.raises(AssertionError, match="composed"):
+        layer(x)
+    with pytest.raises(AssertionError, match="composed"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
 def test_registration_is_sound():
