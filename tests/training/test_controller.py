@@ -488,14 +488,6 @@ def test_transformers_adafactor_trains():
     assert losses[-1] < losses[0] and controller.mask_churn > 0
 
 
-def test_closure_is_refused():
-    model = sparsify(make_gpt2(), density=0.2)
-    optimizer = sgd(model.parameters())
-    TopKastController(model, optimizer)
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
-
-
 def test_nan_at_refresh_names_the_layer():
     model = sparsify(make_gpt2(), density=0.2)
     controller = TopKastController(model, sgd(model.parameters()))
