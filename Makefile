@@ -3,6 +3,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+# A process for each core; PARALLEL= runs the tests in one, for a debugger.
+PARALLEL ?= --numprocesses auto --dist worksteal
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -13,15 +15,16 @@ demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/run_clm.py recipes/enwik8/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Also what takes minutes: several processes that resume each other's checkpoints, runs that are killed.
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,10 @@
+import copy
 import json
+import pickle
 
+import numpy as np
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from hf_topkast import TopKastConfig
@@ -175,3 +179,50 @@ def test_command_line_of_sizes_and_schedules():
 def test_every_field_has_help():
     fields = TopKastConfig.__dataclass_fields__.values()
     assert all(field.metadata.get("help") for field in fields if field.init)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "plain"),
+    [
+        ("refresh_every", np.int64(50), 50),
+        ("density", np.float32(0.25), 0.25),
+        ("density", torch.tensor(0.25), 0.25),
+        ("block_size", np.int64(4), [4, 4]),
+        ("block_size", (np.int64(4), np.int64(1)), [4, 1]),
+        ("block_size", np.array([4, 1]), [4, 1]),
+        ("split_fused", np.bool_(True), True),
+        ("explore_until", np.float64(0.5), 0.5),
+        ("density_overrides", {"a": np.float64(0.5)}, {"a": 0.5}),
+    ],
+)
+def test_numbers_of_numpy_and_torch(field, value, plain):
+    config = TopKastConfig(**{field: value})
+    assert getattr(config, field) == plain and type(getattr(config, field)) is type(plain)
+    assert TopKastConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_fields_are_checked_when_they_are_set_and_nothing_changes_on_an_error():
+    config = TopKastConfig(density=0.2)
+    config.density = np.float64(0.3)
+    assert config == TopKastConfig(density=0.3, backward_density=0.4)
+    for name, value, error, match in (
+        ("density", 0.5, ValueError, r"backward_density=0.4 .*\[0.5, 1\]"),
+        ("penalty", -1, ValueError, "penalty=-1"),
+        ("schedule_end", 5, ValueError, "schedule_end=5"),
+        ("densty", 0.5, AttributeError, "no field 'densty'; the fields are"),
+    ):
+        with pytest.raises(error, match=match):
+            setattr(config, name, value)
+    assert config == TopKastConfig(density=0.3, backward_density=0.4)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+def test_fixed_fields_are_refused_in_copies_too():
+    config = TopKastConfig(density=0.2)
+    config.fix(["block_size"], "what the layers were made with; make them anew")
+    for held in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        with pytest.raises(
+            ValueError, match=r"block_size=4 is not allowed now: it is \[1, 1\] and what the layers were"
+        ):
+            held.block_size = 4
+        held.density = 0.1

@@ -112,9 +112,7 @@ class SetPlan:
             for rows in self.parts[name]
         ]
 
-    def _nonzero_sizes(
-        self, exploring: bool, read: Callable[[str], Tensor], names: list[str]
-    ) -> dict[str, Sizes]:
+    def _nonzero_sizes(self, exploring: bool, read: Callable[[str], Tensor], names: list[str]) -> dict[str, Sizes]:
         sizes: dict[str, Sizes] = {}
         zeros = 0
         for name in names:

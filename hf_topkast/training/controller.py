@@ -1,5 +1,6 @@
 """What happens around an optimizer step: the penalty before it, a refresh after it, all from the optimizer's hooks."""
 
+import copy
 from dataclasses import fields
 from typing import Any
 
@@ -60,7 +61,7 @@ class TopKastController:
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
         self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
-        self._settings = self._settled()
+        self._settings = copy.deepcopy(self._settled())
         self._exploration_before: dict[str, Tensor] = {}
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
@@ -126,10 +127,11 @@ class TopKastController:
         self._warn_of_restart()
         self._check_layers()
         self._refresher.before_step(self.step + 1)
-        self._decay.begin()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._change_gradients(optimizer)
+        self._decay.begin()
+        if closure is None:
             return None
 
         def closure_and_penalty():

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..checkpoints import (
-    STATE_NAME,
+    OUR_FILES,
     CheckpointError,
     SparseState,
     flush,
@@ -24,6 +24,7 @@ from ..checkpoints import (
     last_whole_checkpoint,
     load_checkpoint,
 )
+from ..sets import get_method
 from ..storage import local, raise_together
 from ..surgery import count_sparsity, sparse_info, sparse_layers
 from .callback import AHEAD_NAME, TopKastCallback, saved_schedule
@@ -47,6 +48,13 @@ class TopKastTrainerMixin:
         super().__init__(*args, **kwargs)
         sparse_info(self.model)
         self._settle_engine()
+        refreshes = get_method(sparse_info(self.model).config.method).refreshes
+        if refreshes and getattr(self.args, "sync_ref_model", False):
+            raise ValueError(
+                "sync_ref_model=True averages the reference model's parameters with this model's slot by slot, and a "
+                "slot means another weight after each refresh. Set it to False, and keep the reference as it is, or "
+                "as a TopKastAveragedModel (docs/averages.md)."
+            )
         if self._topkast_callback is None:
             self.add_callback(TopKastCallback())
 
@@ -109,6 +117,11 @@ class TopKastTrainerMixin:
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As the base trainer's; `resume_from_checkpoint=True` passes over checkpoints that were left half-written."""
+        if self._topkast_callback is None:
+            raise ValueError(
+                "TopKastCallback was removed from this trainer, which runs the mask schedule by it. Add it again "
+                "(trainer.add_callback(TopKastCallback())); to keep the sets as they are use method='static'."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -130,9 +143,9 @@ class TopKastTrainerMixin:
                     flush(path)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             good = last_whole_checkpoint(os.path.dirname(directory))
+            go_on = f"The last good checkpoint is {good}; go on from it with resume_from_checkpoint=True."
             raise CheckpointError(
-                f"{directory} is not written: {error} The last good checkpoint is {good}; go on from it with "
-                "resume_from_checkpoint=True."
+                f"{directory} is not written: {error} {go_on if good else 'It was the first one: start anew.'}"
             ) from error
 
     def _save_rng_state(self, output_dir):
@@ -217,9 +230,10 @@ class TopKastTrainerMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # The base class uploads the output directory, after copying the files it knows into it.
-        source = os.path.join(checkpoint_folder, STATE_NAME)
-        if self.is_world_process_zero() and os.path.isfile(source):
-            shutil.copy(source, os.path.join(self.args.output_dir, STATE_NAME))
+        for name in OUR_FILES:
+            source = os.path.join(checkpoint_folder, name)
+            if self.is_world_process_zero() and os.path.isfile(source):
+                shutil.copy(source, os.path.join(self.args.output_dir, name))
         super()._push_from_checkpoint(checkpoint_folder)
 
 

@@ -38,9 +38,10 @@ def controller_of(optimizer: Optimizer):
 def _on_any_step(optimizer: Optimizer, args: tuple, kwargs: dict):
     if torch.compiler.is_compiling() or controller_of(optimizer) is not None:
         return
-    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if _seen.get(optimizer) == len(parameters):
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _seen.get(optimizer) == count:
         return
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for controller in list(_watched):
         for name, layer in controller.layers.items():
             if id(layer.values) in parameters:
@@ -49,7 +50,7 @@ def _on_any_step(optimizer: Optimizer, args: tuple, kwargs: dict):
                     "works with another optimizer, so that A and B would never change again. Call remove() on that "
                     "controller, and make a new TopKastController(model, optimizer) after the new optimizer."
                 )
-    _seen[optimizer] = len(parameters)
+    _seen[optimizer] = count
     if any(id(layer.values) in parameters for layer in LIVING):
         logger.warning(
             f"This {type(optimizer).__name__} steps the values of sparse layers without a TopKastController: A and B "
