@@ -64,7 +64,7 @@ assert equal(model, loaded)
     assert {"user/sparse/model.safetensors", f"user/sparse/{STATE_NAME}"} <= hub.files.keys()
     assert "user/other/model.safetensors.index.json" in hub.files and f"user/other/{STATE_NAME}" in hub.files
     assert len(list((tmp_path / "elsewhere").rglob(STATE_NAME))) == 1
-    assert json.loads(hub.files["user/sparse/config.json"])["quantization_config"]["quant_method"] == "topkast"
+    assert "quantization_config" not in json.loads(hub.files["user/sparse/config.json"])
 
 
 def test_subfolder_revision_and_export(hub, tmp_path):
@@ -83,7 +83,7 @@ assert torch.equal(small(tokens).logits, model(tokens).logits)
     assert any(f"/resolve/{COMMIT}/deep/part/{STATE_NAME}" in request for request in hub.requests)
 
 
-def test_a_dense_model_of_the_hub_is_sparsified_without_asking_for_a_state(hub, tmp_path):
+def test_a_dense_model_of_the_hub_is_asked_for_a_state_and_sparsified(hub, tmp_path):
     code = """
 from hf_topkast import TopKastConfig
 make_gpt2().push_to_hub("user/dense")
@@ -91,4 +91,4 @@ loaded = AutoModelForCausalLM.from_pretrained("user/dense", quantization_config=
 assert equal(model, loaded)
 """
     run(hub, tmp_path, code)
-    assert not any(STATE_NAME in request for request in hub.requests)
+    assert any(STATE_NAME in request for request in hub.requests)

@@ -2,13 +2,17 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+import transformers
+from packaging import version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import CONFIG, make_trainer, same_weights
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_topkast import TopKastTrainer, densify, sparsify
 from hf_topkast.surgery import sparse_layers
@@ -95,13 +99,25 @@ def test_an_initialisation_that_changes_the_weights_is_refused(make_model):
 
 
 def test_sparsify_comes_first(make_model):
-    for model in (add_lora(make_model(), make_model), make_model()):
-        if not isinstance(model, PeftModel):
-            model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[make_model]))
-        with pytest.raises(ValueError, match="Call sparsify first"):
-            sparsify(model, density=0.2)
+    with pytest.raises(ValueError, match="Call sparsify first"):
+        sparsify(add_lora(make_model(), make_model), density=0.2)
 
 
+needs_add_adapter = pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} adds adapters by itself only with PEFT {MIN_PEFT_VERSION} or later",
+)
+
+
+@needs_add_adapter
+def test_sparsify_comes_before_an_adapter_of_transformers_own(make_model):
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[make_model]))
+    with pytest.raises(ValueError, match="Call sparsify first"):
+        sparsify(model, density=0.2)
+
+
+@needs_add_adapter
 def test_an_adapter_of_transformers_own_is_saved_alone(make_model, tmp_path):
     model = sparsify(make_model(), density=0.2)
     model.add_adapter(LoraConfig(r=2, target_modules=TARGETS[make_model], fan_in_fan_out=make_model is make_gpt2))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -41,6 +41,8 @@ class WithoutDecay:
                 half.update(group)
                 half["params"] = parameters
             pair[1]["weight_decay"] = 0.0
+            if kept:  # what is counted up in place, as optimi counts steps, would be counted twice
+                pair[1].update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
             halves.append(pair)
             groups += [half for half in pair if half["params"]]
         self._halves = halves

@@ -57,11 +57,11 @@ def test_logs_reach_every_logger(tmp_path):
 
     trainer = make_trainer(tmp_path, callbacks=[Logger()])
     trainer.train()
-    keys = {"density", "backward_density", "mask_churn", "reservoir_use", "penalty", "refresh_seconds"}
-    for history in (trainer.state.log_history, seen):
+    keys = {"density", "backward_density", "mask_churn", "reservoir_use", "penalty"}
+    for history, more in ((trainer.state.log_history, set()), (seen, {"refresh_seconds"})):
         losses = [logs for logs in history if "loss" in logs]
         assert len(losses) == 10
-        assert {key.removeprefix("topkast/") for key in losses[-1] if key.startswith("topkast/")} == keys
+        assert {key.removeprefix("topkast/") for key in losses[-1] if key.startswith("topkast/")} == keys | more
         assert losses[-1]["topkast/density"] == pytest.approx(0.2, abs=1e-3)
         assert all(math.isfinite(value) for key, value in losses[-1].items() if key.startswith("topkast/"))
 
@@ -361,14 +361,6 @@ def test_training_on_from_the_best_model(tmp_path):
     trainer.train()
     for _, layer in sparse_layers(trainer.model):
         assert torch.isfinite(layer.values).all()
-
-
-def test_own_optimizer_loses_its_decay_of_values(tmp_path):
-    model = sparsify(make_gpt2(), copy.deepcopy(CONFIG))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
-    TopKastTrainer(model=model, args=args, train_dataset=make_dataset(), optimizers=(optimizer, None)).train()
-    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.1]
 
 
 def test_pushed_checkpoints_have_the_state(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from toy_training import make_trainer, same_weights
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from hf_topkast import TopKastConfig, TopKastTrainer
-from hf_topkast.checkpoints.checkpoint import STATE_NAME
+from hf_topkast.checkpoints import OUR_FILES
 
 
 def folders(directory):
@@ -38,7 +38,7 @@ def test_checkpoint_folders_as_the_stock_trainer(tmp_path, settings):
     assert events(ours) == events(stock)
     for folder in folders(tmp_path / "sparse"):
         extra = files(tmp_path / "sparse" / folder) ^ files(tmp_path / "dense" / folder)
-        assert extra == {STATE_NAME}
+        assert extra == set(OUR_FILES)
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse" / folder).topkast.step == int(folder[11:])
 
 

@@ -55,15 +55,19 @@ def test_schedulers_and_notes_of_the_optimizer():
     optimizer, parameters = make((0.1, 0.2))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step] * 3)
     decay = WithoutDecay(optimizer, [parameters[0], parameters[2]])
+    for group in optimizer.param_groups:
+        group["step"] = torch.tensor(0)
     for count in (1, 2):
         decay.begin()
         assert {group["lr"] for group in optimizer.param_groups} == {0.1 * 0.5 ** (count - 1)}
-        for group in optimizer.param_groups:  # as schedule-free optimizers do
+        for group in optimizer.param_groups:  # as schedule-free optimizers do, and those of optimi
             group["k"] = group.get("k", 0) + 1
+            group["step"].add_(1)
         optimizer.step()
         decay.end()
         scheduler.step()
         assert [group["k"] for group in optimizer.param_groups] == [count] * 3
+        assert [int(group["step"]) for group in optimizer.param_groups] == [count] * 3
     assert len(optimizer.param_groups) == 3
 
 
