@@ -1,6 +1,8 @@
 """What all tests share: no network, quiet logs, a cache of their own, and the fixtures."""
 
+import gc
 import os
+import sys
 import tempfile
 
 
@@ -25,8 +27,17 @@ from toy_models import MAKERS
 from transformers.utils import logging
 
 
+IMPORTED = pytest.StashKey[int]()
+
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+def pytest_runtest_setup(item):
+    """Each `Trainer.train()` has Python look for garbage, among all that imports have left: that is none."""
+    if item.config.stash.get(IMPORTED, 0) != len(sys.modules):
+        item.config.stash[IMPORTED] = len(sys.modules)
+        gc.freeze()
 
 
 @pytest.fixture(params=sorted(MAKERS))

@@ -116,6 +116,7 @@ def in_place(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_model", [wrapped, in_place])
 def test_a_model_compiled_before_sparsify(compile_model):
     config = TopKastConfig(density=0.2, refresh_every=2, target_modules=r"transformer\.h\.\d+\.mlp\.c_fc")

@@ -1,7 +1,6 @@
 """Every causal language model of transformers, from sparsify to densify; docs/families.md lists the outcome."""
 
 import copy
-import gc
 import re
 import subprocess
 import sys
@@ -162,15 +161,6 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def few_objects():
-    """Trainer collects garbage before it trains, which takes longer than training if it looks at all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
 def stock_reader():
     """Loads a directory without our import and gives the logits; one process for all families, as starting it takes
     longer than reading."""
@@ -199,8 +189,14 @@ def test_a_model_that_changes_its_weights_is_refused_when_it_runs(family):
             logits_of(model.train(training))
 
 
-@pytest.mark.parametrize("family", installed([*WORK, *STACKED, *WRITERS]))
-def test_family(family, stock_reader, few_objects, tmp_path):
+TRIED = installed([*WORK, *STACKED, *WRITERS])
+
+
+# `make test-all` walks with all of them, `make test` with every fourth.
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if place % 4 else ()) for place, name in enumerate(TRIED)]
+)
+def test_family(family, stock_reader, tmp_path):
     model = make_family(family)
     dense_types = {name: type(module) for name, module in model.named_modules()}
     settings = {"density": 0.3, "refresh_every": 2, "exclude_modules": {**STACKED, **WRITERS}.get(family)}

@@ -58,6 +58,7 @@ def test_trainer_settings_that_change_rounding_only(make_model, tmp_path, settin
     assert (losses[0] == losses[1]) == ("bf16" not in settings)
 
 
+@pytest.mark.slow
 class TestHyperparameterSearch:
     def make_trainer(self, directory):
         self.models = []

@@ -105,7 +105,7 @@ def test_sparsify_comes_first(make_model):
 
 needs_add_adapter = pytest.mark.skipif(
     version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
-    reason=f"transformers {transformers.__version__} adds adapters by itself only with PEFT {MIN_PEFT_VERSION} or later",
+    reason=f"transformers {transformers.__version__} adds adapters by itself with PEFT {MIN_PEFT_VERSION} or later",
 )
 
 

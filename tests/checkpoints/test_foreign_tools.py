@@ -69,7 +69,7 @@ torch.save(model(tokens).logits.detach(), sys.argv[2] + "/logits.pt")
 """
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("make_model", "in_place"), [(make_gpt2, False), (make_llama, True)])
 def test_fine_tuned_by_stock_transformers(make_model, tmp_path, said, in_place):
     """As a new directory it is dense without a word of ours; over the old one, whose state file stays, with one."""
     trained(make_model).save_pretrained(tmp_path / "sparse")

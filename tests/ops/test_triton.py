@@ -361,6 +361,7 @@ def loaded(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, unit", [("bf16", "f32.bf16.bf16"), ("tf32", "f32.tf32.tf32")])
 def test_every_tile_of_blocks_fits_a_gpu_and_uses_its_tensor_cores(loaded, kind, unit):
     for name, kernels in loaded[f"{kind} blocks"].items():
@@ -373,6 +374,7 @@ def test_every_tile_of_blocks_fits_a_gpu_and_uses_its_tensor_cores(loaded, kind,
                 assert "wgmma" in kernel  # by four warps together, straight from shared memory
 
 
+@pytest.mark.slow
 def test_zeros_are_written_before_the_weights_over_them(loaded):
     (expand,) = loaded["bf16 single"]["forward"]
     assert loaded["bf16 single"]["grad_input"] == []  # the same
@@ -380,6 +382,7 @@ def test_zeros_are_written_before_the_weights_over_them(loaded):
     assert "bar.sync" in after_zeros.partition("ld.global")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
 @pytest.mark.parametrize("form", ["blocks", "single"])
 def test_other_sets_compile_and_tune_nothing(loaded, kind, form):

@@ -42,6 +42,7 @@ def test_two_ranks_equal_one_process(one_process, tmp_path, engine):
     check_same(one_process, outcome(tmp_path, 2, engine))
 
 
+@pytest.mark.slow
 def test_a_decoupled_penalty_under_fsdp(tmp_path):
     config = {"penalty_mode": "decoupled", "penalty": 2.0}
     one_process = outcome(tmp_path / "one", 1, config=config)
@@ -104,6 +105,7 @@ def test_one_ranks_error_is_raised_on_every_rank(facts):
         assert found["nan"].startswith("Rank 1: ") == (rank == 0)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_rank_under_fsdp(tmp_path):
     launch("fully_sharded", directory=str(tmp_path))
     config = sparsify(make_gpt2(), density=0.2)
@@ -122,6 +124,7 @@ def test_bytes_of_a_rank_under_fsdp(tmp_path):
         assert "FSDP2 has sharded" in found["refresh_lag"] and "Set refresh_lag=0" in found["refresh_lag"]
 
 
+@pytest.mark.slow
 def test_accelerates_fsdp_in_a_loop(tmp_path):
     launch("prepared_by_accelerate", engine="fsdp", directory=str(tmp_path))
     model = sparsify(make_gpt2(), density=0.2, refresh_every=2)

@@ -35,7 +35,9 @@ def losses(trainer, key="loss"):
 
 
 @pytest.mark.parametrize("evaluation", [{}, {"eval_strategy": "steps", "eval_steps": 5}], ids=["", "evaluated"])
-@pytest.mark.parametrize("optim", OPTIM)
+@pytest.mark.parametrize(
+    "optim", [pytest.param(name, marks=pytest.mark.slow if name == "stable_adamw" else ()) for name in OPTIM]
+)
 def test_training_goes_on_after_a_stop(tmp_path, optim, evaluation):
     """Schedule-free saves y, or after an evaluation x, which is back at y by the next step."""
     saving = {"save_strategy": "steps", "save_steps": 5, **evaluation}
