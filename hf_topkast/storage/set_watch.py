@@ -64,14 +64,14 @@ class SetWatch(nn.Module):
         if torch.compiler.is_compiling():
             return
         writes = self._count_writes()
-        if writes == self._writes:
+        if writes == self._writes or not self._watched:
             return
         row_offsets, columns = self._watched
         if row_offsets.is_meta or columns.is_meta:
             return
         sound = int(row_offsets[-1]) == columns.numel() and bool((row_offsets.diff() >= 0).all())
         digest = encode(digest_of(Pattern(row_offsets, columns, self.shape, self.block_size))) if sound else None
-        if digest is None or not torch.equal(digest, self.sets_digest):  # who writes a whole state has written it, too
+        if digest is None or not _equal(digest, self.sets_digest):  # who writes a whole state has written it, too
             raise RuntimeError(
                 f"The sets of a sparse layer of {self.shape[0]}×{self.shape[1]} were written over from outside: "
                 f"the values belong to others. {WAY_OUT}"
@@ -119,8 +119,12 @@ def mixture(
         return None
     if row_offsets.numel() != 2 * (shape[0] // block_size[0]) + 1 or int(row_offsets[-1]) != columns.numel():
         return None  # no sets of this layer, which is said in other words
-    tolerance = 8 * torch.finfo(saved.dtype).eps if saved.is_floating_point() else 0.0
-    digest = encode(digest_of(Pattern(row_offsets, columns, shape, block_size)))
-    if saved.shape == digest.shape and torch.allclose(saved.cpu().double(), digest, rtol=0, atol=tolerance):
+    if _equal(encode(digest_of(Pattern(row_offsets, columns, shape, block_size))), saved):
         return None
     return f"the state's sets are not those that its values had: an average of states, it seems. {WAY_OUT}"
+
+
+def _equal(digest: Tensor, saved: Tensor) -> bool:
+    """Whether an encoded digest is the saved one, rounded to another dtype or averaged with its like."""
+    tolerance = max(1e-12, 8 * torch.finfo(saved.dtype).eps) if saved.is_floating_point() else 0.0
+    return saved.shape == digest.shape and torch.allclose(saved.cpu().double(), digest, rtol=0, atol=tolerance)

@@ -12,7 +12,7 @@ from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_o
 from .in_place import rewrite
 from .pattern import Pattern, pack_bits, slot_sources
 from .reservoir import assemble_theta, put_to_rest, take_reservoir
-from .set_watch import SetWatch, digest_of, encode, mixture
+from .set_watch import SetWatch, mixture
 
 
 logger = logging.get_logger(__name__)
@@ -251,13 +251,13 @@ class SparseStorage(ColumnWalk, SetWatch):
                 missing.append(f"{prefix}reservoir")
 
     def _load_digest(self, saved: Tensor | None, assign: bool):
-        """That of the sets just loaded: the saved one, or if there is none, as in 0.1.0, what they give."""
-        if assign and saved is not None:
-            self.sets_digest = saved
-        if saved is not None and saved.dtype == torch.float64:
+        """That of the sets just loaded; the saved one, where they are cut or have no numbers yet."""
+        if saved is not None and assign and saved.dtype == torch.float64:
+            self.sets_digest = saved  # as its sets are those of the state, and change with them
+        if not (is_sharded(self.columns) or self.columns.is_meta or self.row_offsets.is_meta):
+            self._note_digest(self._pattern(self.columns))
+        elif saved is not None:
             self.sets_digest.copy_(saved)
-        elif not (is_sharded(self.columns) or self.columns.is_meta or self.row_offsets.is_meta):
-            self.sets_digest = encode(digest_of(self._pattern(self.columns)))
         self._watch()
 
     def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:

@@ -1,7 +1,5 @@
 """What happens around an optimizer step: the penalty before it, a refresh after it, all from the optimizer's hooks."""
 
-import copy
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,14 +14,12 @@ from .engines import check_engine, find_ddp
 from .optimizers import check_optimizer, unwrap_optimizer
 from .penalty import add_penalty, penalty_of, shrink
 from .refresher import Refresher
+from .settled import Settled
 from .watch import controller_of, unwatch, watch
 from .weight_decay import WithoutDecay
 
 
 logger = logging.get_logger(__name__)
-
-# Settings that may change during training, and count from the next step or refresh on.
-LIVE = {"density", "backward_density", "refresh_every", "penalty", "new_state", "exploration_lr_scale"}
 
 
 class TopKastController:
@@ -61,7 +57,7 @@ class TopKastController:
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
         self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
-        self._settings = copy.deepcopy(self._settled())
+        self._settled = Settled(self.config)
         self._exploration_before: dict[str, Tensor] = {}
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
@@ -123,7 +119,7 @@ class TopKastController:
     def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._skips(optimizer):
             return None
-        self._check_settings()
+        self._settled.check()
         self._warn_of_restart()
         self._check_layers()
         self._refresher.before_step(self.step + 1)
@@ -177,19 +173,6 @@ class TopKastController:
         """Remembers how often the layers got other sets, and the density that the penalty divides by."""
         self._seen = {name: layer.assignments for name, layer in self.layers.items()}
         self._density = self.density
-
-    def _settled(self) -> dict[str, Any]:
-        """The settings that are read once, when the controller is made."""
-        return {spec.name: getattr(self.config, spec.name) for spec in fields(self.config) if spec.name not in LIVE}
-
-    def _check_settings(self):
-        now = self._settled()
-        if now != self._settings:
-            name = next(name for name in now if now[name] != self._settings[name])
-            raise ValueError(
-                f"{name}={now[name]!r} was set after the TopKastController was made, which works with "
-                f"{self._settings[name]!r}. Set it back; or remove() the controller and make a new one."
-            )
 
     def _check_layers(self):
         """Moments must not meet weights that they do not belong to."""

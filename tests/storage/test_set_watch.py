@@ -79,6 +79,45 @@ def test_overwritten_sets_are_an_error_when_they_are_used():
     layer(x)
 
 
+@pytest.mark.parametrize("mix", ["lerp", "scale and add"])
+def test_a_running_average_over_all_of_a_state_dict(mix):
+    """As timm's ModelEma does: right while the sets are the same, and an error afterwards."""
+    layer, average, x = make_layer(0), make_layer(0), torch.randn(3, 10)
+
+    def update():
+        for mean, now in zip(average.state_dict().values(), layer.state_dict().values(), strict=True):
+            if not mean.is_floating_point():
+                mean.copy_(now)
+            elif mix == "lerp":
+                mean.lerp_(now, 0.1)
+            else:
+                mean.mul_(0.9).add_(now, alpha=0.1)
+
+    for _ in range(50):
+        layer.values.data.mul_(0.99)
+        update()
+        average(x)
+    make_layer(2).load_state_dict(average.state_dict())
+    layer.reassign(*choose_sets(torch.rand(7, 10), 0.2, 0.5))
+    update()
+    with pytest.raises(RuntimeError, match="written over from outside"):
+        average(x)
+
+
+def test_layers_made_in_inference_mode_and_their_copies():
+    with torch.inference_mode():
+        layer = make_layer(0)
+        twin = copy.deepcopy(layer)
+        assert torch.equal(twin(torch.ones(2, 10)), layer(torch.ones(2, 10)))
+
+
+def test_a_copy_of_overwritten_sets_is_an_error_too(tmp_path):
+    layer = make_layer(0)
+    layer.columns.copy_(9 - layer.columns.flip(0))
+    with pytest.raises(RuntimeError, match="written over from outside"):
+        copy.deepcopy(layer).dense_weight()
+
+
 def test_a_whole_state_written_in_place_is_taken():
     layer, other, x = make_layer(0), make_layer(1), torch.randn(3, 10)
     for tensor, new in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):

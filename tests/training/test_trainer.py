@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 
 from hf_topkast import (
     CheckpointError,
+    TopKastCallback,
     TopKastConfig,
     TopKastController,
     TopKastTrainer,
@@ -428,3 +429,36 @@ def test_engines_that_cannot_shard_sparse_values_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(ValueError, match="FSDP 1.*Use FSDP2"):
         trainer._settle_engine()
+
+
+def test_the_first_checkpoint_that_cannot_be_written_names_no_other(tmp_path):
+    def diverge(model):
+        model.get_parameter("transformer.ln_f.weight").data[0] = torch.nan
+
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            diverge(model)
+
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, callbacks=[Diverge()])
+    with pytest.raises(CheckpointError, match="checkpoint-2 is not written.*It was the first one: start anew"):
+        trainer.train()
+
+
+def test_a_trainer_without_its_callback_is_refused_when_it_trains(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.remove_callback(TopKastCallback)
+    with pytest.raises(ValueError, match="TopKastCallback was removed.*Add it again"):
+        trainer.train()
+    trainer.add_callback(TopKastCallback())
+    trainer.train()
+
+
+def test_a_reference_model_that_is_averaged_slot_by_slot_is_refused(tmp_path):
+    class Arguments(TrainingArguments):
+        sync_ref_model = True  # as those of TRL's trainers have
+
+    args = Arguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="sync_ref_model=True averages.*TopKastAveragedModel"):
+        TopKastTrainer(model=sparsify(make_gpt2(), CONFIG), args=args, train_dataset=make_dataset())
+    static = sparsify(make_gpt2(), density=0.2, method="static")  # whose sets never change
+    TopKastTrainer(model=static, args=args, train_dataset=make_dataset())
