@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import CONFIG, make_trainer, same_weights
@@ -153,3 +153,21 @@ def test_both_trainers_train_an_adapter_alike_and_load_the_best(make_model, tmp_
         assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
         ends.append(load_file(folder / "checkpoint-6" / "adapter_model.safetensors"))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_adalora_trains_as_on_the_densified_model():
+    """It freezes the layer by its weight."""
+    tokens, outcome = token_batches(4), []
+    sparse = sparsify(make_llama(), density=0.5)
+    for model in (sparse, densify(copy.deepcopy(sparse))):
+        torch.manual_seed(1)
+        adapted = get_peft_model(
+            model, AdaLoraConfig(target_modules=["up_proj"], r=2, total_step=20, tinit=1, tfinal=5)
+        )
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+        for batch in tokens:
+            adapted(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outcome.append(adapted.eval()(tokens[0]).logits.detach())
+    torch.testing.assert_close(*outcome, rtol=1e-3, atol=1e-4)

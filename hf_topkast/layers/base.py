@@ -54,10 +54,12 @@ class TopKastLayer(SparseStorage):
     def weight(self) -> Tensor:
         """
         α, dense, in the stock layout: a copy, so writing to it is refused. Its gradient reaches the values of B as
-        that of the product does, for models that multiply by it themselves.
+        that of the product does, for models that multiply by it themselves; setting its `requires_grad` sets theirs.
         """
         expand = composite.expand_active if composite.is_needed() else _Alpha.apply
-        return self.to_stock(expand(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
+        alpha = self.to_stock(expand(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
+        alpha.source = self.values
+        return alpha
 
     @property
     def active_mask(self) -> Tensor:

@@ -12,17 +12,26 @@ WRITE = re.compile(
 )
 
 
+FREEZING = (Tensor.requires_grad.__set__, Tensor.requires_grad_)
+
+
 class ReadOnlyTensor(Tensor):
     """
     A tensor whose in-place operations raise, and so do those of its views. What is computed from it is ordinary.
 
     Without it `layer.weight.data += delta`, which is how adapters are merged and weights initialised, would change a
-    copy and be lost without a word.
+    copy and be lost without a word. What is asked of its `requires_grad` is asked of the parameter that it stands for,
+    its attribute `source`: so a layer can be frozen by its weight, as adapters do.
     """
+
+    source: torch.nn.Parameter | None = None
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in FREEZING and args[0].source is not None:
+            args[0].source.requires_grad_(*args[1:], **kwargs)
+            return args[0]
         written = (*args[:1], *kwargs.values()) if WRITE.fullmatch(func.__name__) else (kwargs.get("out"),)
         if any(isinstance(tensor, cls) for tensor in written):
             raise RuntimeError(

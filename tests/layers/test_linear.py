@@ -82,7 +82,7 @@ def test_weight_is_read_only(dense):
         layer.weight = torch.zeros_like(layer.weight)
     with pytest.raises(KeyError):
         layer.weight = nn.Parameter(layer.weight.clone())
-    for write in (nn.init.normal_, Tensor.zero_, Tensor.requires_grad_):
+    for write in (nn.init.normal_, Tensor.zero_):
         with pytest.raises(RuntimeError, match="writes to the weight of a sparse layer.*densify"):
             write(layer.weight)
 
@@ -325,3 +325,13 @@ def test_output_may_be_changed_in_place(dense, shape, backend):
     expected, layer.values.grad = layer.values.grad, None
     (2 * layer(x)).sum().backward()
     torch.testing.assert_close(layer.values.grad, expected)
+
+
+def test_a_layer_is_frozen_by_its_weight_as_adapters_do(dense):
+    layer = make_sparse(dense)
+    layer.weight.requires_grad = False
+    assert not layer.values.requires_grad
+    layer.weight.requires_grad_(True)
+    assert layer.values.requires_grad
+    layer.weight.requires_grad_(requires_grad=False)
+    assert not layer.values.requires_grad
