@@ -77,6 +77,10 @@ class GuardedSettings:
         """Takes back what [`GuardedSettings.fix`] was told with the same `why`."""
         self.__dict__["_fixed"] = {name: reason for name, reason in self._fixed.items() if reason != why}
 
+    def derived(self) -> set[str]:
+        """The fields that were not given and follow from others: they go on to do so."""
+        return set()
+
     def __setattr__(self, name: str, value: Any):
         if "_fixed" not in self.__dict__ or name.startswith("_"):
             object.__setattr__(self, name, value)
@@ -86,5 +90,5 @@ class GuardedSettings:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}; the fields are {sorted(now)}.")
         if name in self._fixed:
             raise ValueError(f"{name}={value!r} is not allowed now: it is {now[name]!r} and {self._fixed[name]}.")
-        changed = type(self)(**{**now, name: value})  # as checked as a new one
+        changed = type(self)(**{**now, **dict.fromkeys(self.derived()), name: value})  # as checked as a new one
         self.__dict__.update({key: getattr(changed, key) for key in now})

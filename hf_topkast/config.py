@@ -199,7 +199,7 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
             check(0 < number(self.density) <= 1, "density", self.density, "a number in (0, 1], or 'nonzero'")
             least = self.density
             if self.backward_density is None:
-                self.backward_density = self.density if self.method == "static" else min(1.0, 2 * self.density)
+                self.backward_density = self._default_backward()
         if self.backward_density is not None:
             allowed = f"a number in [density, 1] = [{least}, 1]: B contains A"
             check(least <= number(self.backward_density) <= 1, "backward_density", self.backward_density, allowed)
@@ -263,6 +263,15 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
             rule = sorted(rule) if isinstance(rule, set) else list(rule)
             # The command line gives lists only, so the one keyword arrives as a list of one.
             setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
+
+    def derived(self) -> set[str]:
+        """`backward_density`, where it is the default for the density."""
+        return {"backward_density"} if self.backward_density == self._default_backward() else set()
+
+    def _default_backward(self) -> float | None:
+        if self.density == "nonzero":
+            return None
+        return self.density if self.method == "static" else min(1.0, 2 * self.density)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types, with `quant_method`, as the state file stores them."""

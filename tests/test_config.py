@@ -202,18 +202,18 @@ def test_numbers_of_numpy_and_torch(field, value, plain):
 
 
 def test_fields_are_checked_when_they_are_set_and_nothing_changes_on_an_error():
-    config = TopKastConfig(density=0.2)
+    config = TopKastConfig(density=0.2, backward_density=0.45)
     config.density = np.float64(0.3)
-    assert config == TopKastConfig(density=0.3, backward_density=0.4)
+    assert config == TopKastConfig(density=0.3, backward_density=0.45)
     for name, value, error, match in (
-        ("density", 0.5, ValueError, r"backward_density=0.4 .*\[0.5, 1\]"),
+        ("density", 0.5, ValueError, r"backward_density=0.45 .*\[0.5, 1\]"),
         ("penalty", -1, ValueError, "penalty=-1"),
         ("schedule_end", 5, ValueError, "schedule_end=5"),
         ("densty", 0.5, AttributeError, "no field 'densty'; the fields are"),
     ):
         with pytest.raises(error, match=match):
             setattr(config, name, value)
-    assert config == TopKastConfig(density=0.3, backward_density=0.4)
+    assert config == TopKastConfig(density=0.3, backward_density=0.45)
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
@@ -226,3 +226,15 @@ def test_fixed_fields_are_refused_in_copies_too():
         ):
             held.block_size = 4
         held.density = 0.1
+
+
+def test_a_backward_density_that_was_not_given_follows_the_density():
+    config = TopKastConfig(density=0.2)
+    for density in (0.1, 0.6, 0.3):
+        config.density = density
+        assert config == TopKastConfig(density=density)
+    config.method = "static"
+    assert config.backward_density == 0.3
+    config.backward_density = 0.5
+    config.density = 0.4
+    assert config.backward_density == 0.5

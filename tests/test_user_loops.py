@@ -331,3 +331,32 @@ def test_one_parameter_twice_in_a_loop_of_ones_own():
     model(torch.randn(3, 8)).sum().backward()
     optimizer.step()
     assert controller.mask_churn is not None and len(controller.layers) == 1
+
+
+def test_layers_unfrozen_later_begin_their_schedule_where_it_is():
+    model = sparsify(make_llama(), density=0.2, refresh_every=2, initial_density=0.8, schedule_end=20)
+    for _, layer in sparse_layers(model):
+        layer.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    controller = TopKastController(model, optimizer)
+    train(model, optimizer, count=4)
+    assert controller.density == pytest.approx(0.8, abs=1e-2)
+    for _, layer in sparse_layers(model):
+        layer.requires_grad_(True)
+    train(model, optimizer, count=2)
+    assert 0.35 < controller.density < 0.6  # of the way from 0.8 to 0.2, cubic, at step 6 of 20
+
+
+def test_frozen_values_in_an_optimizer_are_no_reason_to_warn(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_topkast.training.watch.logger.warning", said.append)
+    model = sparsify(make_gpt2(), CONFIG)
+    for _, layer in sparse_layers(model):
+        layer.values.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, count=1)
+    assert not said
+    for _, layer in sparse_layers(model):
+        layer.values.requires_grad_(True)
+    train(model, optimizer, count=1)
+    assert len(said) == 1

@@ -12,7 +12,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layers import TopKastLayer
 from ..ops.reference import expand_active
-from ..storage import STRUCTURE, TRACKING, Pattern, assemble_theta, is_sharded, local, pack_bits, part_of, shard_like
+from ..storage import (
+    STRUCTURE,
+    TRACKING,
+    Pattern,
+    assemble_theta,
+    is_sharded,
+    local,
+    mixture,
+    pack_bits,
+    part_of,
+    shard_like,
+)
 from ..surgery import sparse_info, sparse_layers
 from .names_on_disk import to_model_names
 from .state_file import (
@@ -51,12 +62,22 @@ def split_state_dict(
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
         layer.check_sets()
-        own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in LAYER_TENSORS}
+        missing = [key for key in LAYER_TENSORS[:-1] if f"{name}.{key}" not in stock]
+        if missing:
+            raise CheckpointError(
+                f"The state dict to be saved lacks '{name}.{missing[0]}', without which the sparse layer's weights "
+                "have no places. Take model.state_dict()."
+            )
+        own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in LAYER_TENSORS if f"{name}.{key}" in stock}
         if begun[name] % 2 or layer.assignments != begun[name]:
             raise CheckpointError(
-                f"Layer '{name}' got other sets while it was being saved: a refresh in another thread. Nothing is "
-                "written. Save between two optimizer steps, or try again."
+                f"Layer '{name}' got other sets while it was being saved: a refresh in another thread, or one that "
+                "has failed. Nothing is written. Save between two optimizer steps, or try again."
             )
+        structure = (own[key] for key in STRUCTURE)
+        problem = mixture(*structure, own.get("sets_digest"), layer.shape, layer.block_size)
+        if problem:
+            raise CheckpointError(f"Layer '{name}': {problem}")
         pattern = Pattern(*(own[key] for key in STRUCTURE), layer.shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)

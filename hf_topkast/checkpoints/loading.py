@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
 
 from ..config import QUANT_METHOD, TopKastConfig
 from ..layers import sparse_type
@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 # Where the running `from_pretrained` has found a state file; `None` where there is none.
 _directory: ContextVar[str | None] = ContextVar("topkast_directory", default=None)
 # The arguments of `from_pretrained` that say which file of a repository.
+ADAPTER_CONFIG = "adapter_config.json"
 PLACES = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 register_quantization_config(QUANT_METHOD)(TopKastConfig)
@@ -188,6 +189,15 @@ def _fetch(name_or_path: str | os.PathLike, file: str, places: dict) -> str | No
         return None  # no such repository, say: transformers is about to find the same, and words it for its own files
 
 
+def _base_of_adapter(name_or_path: str | os.PathLike, places: dict) -> str | None:
+    """The model that PEFT adapters in a directory or repository are for; `None` if there are none."""
+    path = _fetch(name_or_path, ADAPTER_CONFIG, places) if is_peft_available() else None
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("base_model_name_or_path")
+
+
 def _names_us(name_or_path: str | os.PathLike, places: dict, config) -> bool:
     """Whether a configuration has the key by which 0.1.0 told that a checkpoint is sparse."""
     if config is not None and not isinstance(config, str | os.PathLike):
@@ -207,9 +217,13 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
     """As ever for a dense checkpoint; one with our state file, which fits its weights, gives the sparse model back."""
     places = {name: kwargs[name] for name in PLACES if kwargs.get(name) is not None}
     given = kwargs.get("quantization_config")
-    directory = None
-    if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
-        directory = _find_state(pretrained_model_name_or_path, places)
+    directory, base = None, pretrained_model_name_or_path
+    if base is not None and kwargs.get("gguf_file") is None:
+        directory = _find_state(base, places)
+        adapted = None if directory is not None else _base_of_adapter(base, places)
+        if adapted is not None:  # transformers goes on to it
+            base, places = adapted, {key: places[key] for key in places.keys() - {"subfolder", "revision"}}
+            directory = _find_state(base, places)
     if directory is not None and not (given is None or isinstance(given, TopKastConfig)):
         logger.warning(
             f"'{pretrained_model_name_or_path}' is a sparse checkpoint, and {type(given).__name__} quantises its "
@@ -217,8 +231,13 @@ def _from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         )
         directory = None
     if directory is not None:
+        if given is not None:
+            logger.warning(
+                f"'{pretrained_model_name_or_path}' is sparse already, with settings of its own: those of the given "
+                "quantization_config are not used. Set fields of model.topkast.config afterwards."
+            )
         # Any configuration of ours: it brings the quantizer about, and the state has its own settings.
-        legacy = _names_us(pretrained_model_name_or_path, places, kwargs.get("config"))
+        legacy = _names_us(base, places, kwargs.get("config"))
         kwargs["quantization_config"] = None if legacy else TopKastConfig()
     token = _directory.set(directory)
     # Tensors made in inference mode could not be trained; a dense checkpoint's are made in threads outside of it.

@@ -219,7 +219,9 @@ def fit_digests(weights: Tensor, digests: dict[str, str], saved: torch.dtype) ->
         saved (`torch.dtype`): the dtype that they were saved in.
     """
     if torch.promote_types(weights.dtype, saved) == weights.dtype:  # no number was rounded: back to what was saved
-        weights = weights.to(saved)
+        loaded, weights = weights, weights.to(saved)
+        if not torch.equal(weights.to(loaded.dtype), loaded):
+            return False
     expected = digests.get(dtype_name(weights.dtype))
     return digest({"weight": weights}) == expected if expected is not None else weights.dtype != saved
 

@@ -19,6 +19,7 @@ from .distributed import (
 )
 from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
 from .reservoir import Arriving, assemble_theta
+from .set_watch import mixture
 from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage
 
 
@@ -36,6 +37,7 @@ __all__ = [
     "full",
     "is_sharded",
     "local",
+    "mixture",
     "moved",
     "pack_bits",
     "part_of",

@@ -141,10 +141,10 @@ class SparseStorage(ColumnWalk, SetWatch):
         """
         theta = self.theta() if theta is None else theta
         pattern = Pattern.from_masks(active, backward, self.block_size)
-        sources = slot_sources(self.pattern, pattern)
-        self.assignments += 1
+        sources, places = slot_sources(self.pattern, pattern), pattern.flat_index()
+        self.assignments += 2 if self.assignments % 2 else 1  # odd from here on, also after a change that has failed
         gradient, self.values.grad = self.values.grad, None
-        self._write("values", theta.flatten()[pattern.flat_index()])
+        self._write("values", theta.flatten()[places])
         if gradient is not None:
             self.values.grad = moved(gradient, sources)
         for name in STRUCTURE:
@@ -153,7 +153,7 @@ class SparseStorage(ColumnWalk, SetWatch):
             self._keep_walk(pattern.column_walk)
         self._write("reservoir", take_reservoir(theta, backward))
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
-        self._note_digest(pattern)
+        self._note_digest(pattern, places)
         self.assignments += 1
         return sources
 
@@ -228,6 +228,12 @@ class SparseStorage(ColumnWalk, SetWatch):
                 f"Layer '{prefix[:-1]}' is sparse, but the state dict holds a dense '{prefix}weight' for it. To go on "
                 "from a saved checkpoint directory use from_pretrained, or TopKastTrainer to resume training; to "
                 "start from dense weights load them first and sparsify the model afterwards."
+            )
+            return
+        if f"{prefix}values" in state_dict and any(prefix + name not in state_dict for name in STRUCTURE):
+            errors.append(
+                f"Layer '{prefix[:-1]}': the state has values and not the sets that they belong to, which may be "
+                "others by now. Take model.state_dict(), which has both, and not the parameters alone."
             )
             return
         saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))

@@ -1,5 +1,7 @@
 """What a layer carries beside its weights, which goes over to the layer that replaces it."""
 
+import weakref
+
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers.utils import logging
@@ -13,7 +15,7 @@ HOOKS = tuple(
 )
 # What layers, dense or sparse, say of themselves.
 OWN = {"in_features", "out_features", "nx", "nf", "backend", "block_size", "reservoir", "reservoir_device"}
-OWN |= {"assignments", "sets_digest"}
+OWN |= {"assignments", "sets_digest", "forward"}
 
 
 def check_carried(name: str, layer: nn.Module):
@@ -37,10 +39,22 @@ def check_carried(name: str, layer: nn.Module):
             f"The weight of layer '{name}' is computed from {sorted(dict(layer.named_parameters()))}, and a sparse "
             f"layer would have a stale copy of it. Call {way_out} first, or name the layer in exclude_modules."
         )
-    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
+    check_forward(name, layer)
+
+
+def check_forward(name: str, layer: nn.Module):
+    """
+    Refuses a layer whose `forward` somebody has replaced. (Accelerate's hooks do, and leave the class's own behind.)
+
+    Raises:
+        ValueError: if it is another one than its class's; the message names the layer and the way out.
+    """
+    forward = vars(layer).get("_old_forward" if "_hf_hook" in vars(layer) else "forward")
+    stock = getattr(forward, "__func__", None) is type(layer).forward and forward.__self__ is layer
+    if forward is not None and not stock:
         raise ValueError(
-            f"Layer '{name}' has a forward of its own ({layer.forward!r}), which its replacement would not have. "
-            "Delete it (del layer.forward) and patch the sparse layer instead, or name the layer in exclude_modules."
+            f"Layer '{name}' has a forward of its own ({forward!r}), which its replacement would not have. Delete it "
+            "(del layer.forward) and patch the replacement instead, or name the layer in exclude_modules."
         )
 
 
@@ -55,11 +69,13 @@ def carry_over(old: nn.Module, new: nn.Module):
         remove_hook_from_module(old)
     for key in HOOKS:
         new.__dict__[key] = old.__dict__[key]
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
     noted = {key: value for key, value in vars(old).items() if not key.startswith("_") and key not in OWN}
     new.__dict__.update({key: value for key, value in noted.items() if key not in vars(new)})
-    new._is_hf_initialized = (
-        True  # or transformers would draw the weights anew where the model becomes part of another
-    )
+    # Or transformers would draw the weights anew where the model becomes part of another.
+    new._is_hf_initialized = True
     if dispatch is not None:
         add_hook_to_module(new, dispatch)
 

@@ -14,7 +14,7 @@ from ..config import TopKastConfig
 from ..layers import TopKastLayer, sparse_type
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
-from .carry import carry_over, warn_of_lost_hooks
+from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .targets import find_targets
 
 
@@ -125,11 +125,13 @@ def densify(model: nn.Module) -> nn.Module:
         `torch.nn.Module`: the same object.
 
     Raises:
-        ValueError: if the model has no sparse layer.
+        ValueError: if the model has no sparse layer, or one whose `forward` was replaced. It is unchanged then.
     """
     names = [name for name, _ in sparse_layers(model)]
     if not names:
         raise ValueError("The model has no sparse layer, so there is nothing to densify.")
+    for name in names:
+        check_forward(name, model.get_submodule(name))
     for name in names:
         layer = model.get_submodule(name)
         replace_module(model, layer, layer.to_dense(layer.weight.detach().clone()))

@@ -265,7 +265,7 @@ class Refresher:
         moving = self._moving()
         sizes = self._plan.sizes(0.0, True, lambda name: moving[name].theta(), list(moving))
         final = sum(size for parts in sizes.values() for size, _ in parts)
-        return final == sum(layer.active_count for layer in moving.values())
+        return bool(moving) and final == sum(layer.active_count for layer in moving.values())
 
     def _stored(self) -> list[int]:
         return [layer.values.numel() for layer in self.layers.values()]

@@ -38,10 +38,11 @@ def controller_of(optimizer: Optimizer):
 def _on_any_step(optimizer: Optimizer, args: tuple, kwargs: dict):
     if torch.compiler.is_compiling() or controller_of(optimizer) is not None:
         return
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    count = len(trained)
     if _seen.get(optimizer) == count:
         return
-    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {id(parameter) for parameter in trained}
     for controller in list(_watched):
         for name, layer in controller.layers.items():
             if id(layer.values) in parameters:

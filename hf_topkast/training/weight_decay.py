@@ -22,6 +22,8 @@ class WithoutDecay:
         self._optimizer, self._values = optimizer, list(values)
         self._own: list[dict] | None = None  # the owner's groups, while others stand in for them
         self._halves: list[tuple[dict, dict]] = []  # a group's parameters that decay, and those that do not
+        # After an error in the midst of a step the owner's groups are what is to be saved.
+        optimizer.register_state_dict_pre_hook(lambda _: self.end())
 
     def begin(self):
         """Before a step: the optimizer gets the groups for it."""
@@ -44,10 +46,11 @@ class WithoutDecay:
             if kept:  # what is counted up in place, as optimi counts steps, would be counted twice
                 pair[1].update({key: value.clone() for key, value in group.items() if isinstance(value, Tensor)})
             halves.append(pair)
-            groups += [half for half in pair if half["params"]]
+            groups.append(pair[0] if kept else pair[1])
         self._halves = halves
-        if halves:
-            self._own, self._optimizer.param_groups = own, groups
+        if halves:  # what was added stands last, so that the owner's places of groups hold
+            added = [rest for kept, rest in halves if kept["params"]]
+            self._own, self._optimizer.param_groups = own, groups + added
 
     def end(self):
         """After a step: the owner's groups come back, with what the optimizer has noted in them."""

@@ -9,13 +9,14 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import make_trainer, same_weights, trained
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_topkast import CheckpointError, densify, export_sparse, sparsify
+from hf_topkast import CheckpointError, TopKastConfig, densify, export_sparse, sparsify
 from hf_topkast.checkpoints import STATE_NAME, load_checkpoint
 from hf_topkast.checkpoints.saving import SETTINGS_NAME
 from hf_topkast.checkpoints.state_file import digest
@@ -55,7 +56,8 @@ def test_config_json_is_that_of_the_dense_model(make_model, tmp_path):
 
 FINE_TUNE = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).train()
 assert "hf_topkast" not in sys.modules
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -243,3 +245,55 @@ def test_a_thread_that_saves_beside_training_writes_whole_checkpoints(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     theta = {name: layer.dense_weight() for name, layer in sparse_layers(model)}
     assert all(torch.equal(layer.dense_weight(), theta[name]) for name, layer in sparse_layers(loaded)) and theta
+
+
+def test_a_state_dict_that_mixes_several_is_not_saved(tmp_path):
+    one, two = (trained(make_gpt2, seed=seed) for seed in (0, 1))
+    states = one.state_dict(), two.state_dict()
+    floats = {k: (v + states[1][k]) / 2 if v.is_floating_point() else v for k, v in states[0].items()}
+    for state in (floats, {key: (value + states[1][key]) / 2 for key, value in states[0].items()}):
+        with pytest.raises(CheckpointError, match="average_models"):
+            one.save_pretrained(tmp_path, state_dict=state)
+    del states[0]["transformer.h.0.mlp.c_fc.columns"]
+    with pytest.raises(CheckpointError, match=r"lacks 'transformer\.h\.0\.mlp\.c_fc\.columns'"):
+        one.save_pretrained(tmp_path, state_dict=states[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_dict_of_parameters_and_buffers_is_saved(tmp_path):
+    model = trained(make_gpt2)
+    model.save_pretrained(tmp_path, state_dict={**dict(model.named_parameters()), **dict(model.named_buffers())})
+    assert same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_half_precision_files_beside_those_of_full_precision(tmp_path, said):
+    """`variant` puts other weights into the same directory, under the one state file."""
+    model = trained(make_llama)
+    model.save_pretrained(tmp_path)
+    expected = model(TOKENS).logits
+    model.half().save_pretrained(tmp_path, variant="fp16")
+    check_dense(tmp_path, expected, said, dtype=torch.float32)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    assert list(sparse_layers(half)) and same_weights(half, model)
+
+
+def test_settings_given_for_a_sparse_checkpoint_are_said_to_be_left_out(tmp_path, said):
+    trained(make_gpt2).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TopKastConfig(density=0.5))
+    assert len(said) == 1 and "sparse already" in said[0]
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, AutoModelForCausalLM])
+def test_adapters_bring_their_sparse_base(tmp_path, kind):
+    model = trained(make_llama)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["up_proj"], r=2)).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        loaded = kind.from_pretrained(tmp_path / "adapter")
+    except ValueError as error:  # transformers asks for a PEFT that is not there
+        pytest.skip(str(error))
+    assert len(list(sparse_layers(loaded))) == 14

@@ -142,3 +142,21 @@ def test_torchs_average_over_refreshes_is_an_error(use_buffers):
 
     with pytest.raises(RuntimeError):
         train()
+
+
+def test_values_without_their_sets_are_refused():
+    model = sparsify(make_gpt2(), density=0.2)
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"has values and not the sets.*model\.state_dict\(\)"):
+        model.load_state_dict(parameters, strict=False)
+
+
+def test_a_change_of_sets_that_fails_can_be_made_again(tmp_path):
+    layer, other = make_layer(0), make_layer(1)
+    masks = other.pattern.active_mask(), other.pattern.backward_mask()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(layer, "_write", lambda *arguments: (_ for _ in ()).throw(MemoryError))
+        layer.reassign(*masks)
+    assert layer.assignments % 2 == 1
+    layer.reassign(*masks)
+    assert layer.assignments % 2 == 0 and torch.equal(layer.sets_digest, other.sets_digest)

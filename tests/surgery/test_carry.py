@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.utils as utils
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.nn.utils import prune
 from toy_models import make_gpt2, make_llama, token_batches
@@ -143,15 +143,58 @@ def test_accelerates_hook_moves_to_the_sparse_layer_and_back():
     model = make_llama().eval()
     layer = model.model.layers[0].mlp.up_proj
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    hook = layer._hf_hook
-    sparsify(model, density=1.0, backward_density=1.0)
+    hook, x = layer._hf_hook, torch.randn(3, layer.in_features)
+    sparsify(model, density=0.2)
     sparse = model.model.layers[0].mlp.up_proj
     assert isinstance(sparse, TopKastLayer) and sparse._hf_hook is hook
-    reference = make_llama().eval()(TOKENS).logits
-    torch.testing.assert_close(model(TOKENS).logits, reference)
+    torch.testing.assert_close(sparse(x), x @ sparse.weight.T)
+    run(model.train())
+    assert all(layer.values.grad is None for _, layer in sparse_layers(model))  # run() has put them back
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(layer.values.grad is not None for _, layer in sparse_layers(model))
     densify(model)
-    assert model.model.layers[0].mlp.up_proj._hf_hook is hook
-    torch.testing.assert_close(model(TOKENS).logits, reference)
+    dense = model.model.layers[0].mlp.up_proj
+    assert dense._hf_hook is hook
+    torch.testing.assert_close(dense(x), x @ dense.weight.T)
+
+
+def test_accelerates_hooks_that_were_taken_off_leave_nothing_behind():
+    model = make_llama()
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 24)
+    for change in (lambda: sparsify(model, density=0.2), lambda: densify(model)):
+        layer = model.model.layers[0].mlp.up_proj
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+        remove_hook_from_module(layer)
+        change()
+        after = model.model.layers[0].mlp.up_proj
+        x = torch.randn(3, after.in_features)
+        torch.testing.assert_close(after(x), x @ after.weight.T)
+        assert "forward" not in vars(after)
+
+
+def test_a_forward_of_its_own_under_accelerates_hook_and_on_a_sparse_layer_is_refused():
+    model = make_llama()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 2
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        sparsify(model, density=0.2)
+    model = sparsify(make_llama(), density=0.2)
+    model.model.layers[0].mlp.up_proj.forward = lambda x: x
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        densify(model)
+    assert list(sparse_layers(model))
+
+
+def test_a_hook_of_loading_goes_on_with_the_new_layer():
+    model, seen = make_llama(), []
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_load_state_dict_pre_hook(lambda module, *arguments: seen.append(type(module).__name__))
+    sparsify(model, density=0.2)
+    model.load_state_dict(model.state_dict())
+    densify(model)
+    model.load_state_dict(model.state_dict())
+    assert seen == ["TopKastLinear", "Linear"]
 
 
 def encoder():

@@ -77,7 +77,8 @@ def test_an_error_in_a_step_leaves_nothing_behind():
     decay = WithoutDecay(optimizer, parameters[:1])
     decay.begin()  # and no end
     decay.begin()
-    assert len(optimizer.param_groups) == 3
+    assert len(optimizer.param_groups) == 3 and optimizer.param_groups[1] is own[1]  # places of groups hold
+    assert len(optimizer.state_dict()["param_groups"]) == 2  # what is saved after an error in a step
     decay.end()
     assert optimizer.param_groups is own
 
