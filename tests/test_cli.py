@@ -36,7 +36,7 @@ def test_export(saved):
     main(["export", str(folder / "sparse"), str(folder / "small")])
     small = AutoModelForCausalLM.from_pretrained(folder / "small")
     tokens = token_batches(1)[0]
-    assert torch.equal(small(tokens).logits, model(tokens).logits)
+    torch.testing.assert_close(small(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
     assert (folder / "small" / "model.safetensors").stat().st_size < 20_000
 
 

@@ -68,7 +68,7 @@ def logits_of(model: PreTrainedModel, tokens: torch.Tensor = TOKENS) -> torch.Te
 
 def check_logits(found: torch.Tensor, expected: torch.Tensor):
     """Equal weights, in other memory: dense products of other alignment add up in another order on some CPUs."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def loss_from(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -91,7 +91,7 @@ def check_gradients(model: PreTrainedModel):
             assert layer.values.grad is None, name
         else:
             expected = layer.to_rows(expected).flatten()[layer.pattern.flat_index()]
-            torch.testing.assert_close(layer.values.grad, expected, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(layer.values.grad, expected, rtol=1e-3, atol=1e-4, msg=name)
     model.zero_grad()
 
 

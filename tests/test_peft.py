@@ -63,7 +63,7 @@ def test_only_the_adapter_is_trained(make_model):
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert not torch.allclose(logits(model), logits(base))
     with model.disable_adapter():
-        assert torch.equal(logits(model), logits(base))
+        torch.testing.assert_close(logits(model), logits(base), rtol=1e-4, atol=1e-5)
     assert same_weights(model.unload(), base)
 
 
@@ -72,7 +72,9 @@ def test_an_adapter_is_saved_and_loaded(make_model, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     sparsify(make_model(), copy.deepcopy(CONFIG)).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()), logits(model))
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()), logits(model), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -82,7 +84,7 @@ def test_merging_is_refused(make_model, merge, safe):
     before = logits(model)
     with pytest.raises(RuntimeError, match="To merge an adapter call densify"):
         getattr(model, merge)(safe_merge=safe)
-    assert torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_after_densify(make_model):

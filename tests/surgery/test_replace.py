@@ -46,7 +46,7 @@ def test_densify_computes_the_same(make_model):
     expected = model(tokens).logits
     kinds = {name: type(module) for name, module in make_model().named_modules()}
     assert densify(model) is model
-    assert torch.equal(model(tokens).logits, expected)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)  # in other memory, on some CPUs
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     sparsify(model, density=0.2)  # and it can be made sparse again
 
