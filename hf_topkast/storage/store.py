@@ -230,7 +230,7 @@ class SparseStorage(ColumnWalk, SetWatch):
                 "start from dense weights load them first and sparsify the model afterwards."
             )
             return
-        if f"{prefix}values" in state_dict and any(prefix + name not in state_dict for name in STRUCTURE):
+        if f"{prefix}values" in state_dict and not any(prefix + name in state_dict for name in STRUCTURE):
             errors.append(
                 f"Layer '{prefix[:-1]}': the state has values and not the sets that they belong to, which may be "
                 "others by now. Take model.state_dict(), which has both, and not the parameters alone."

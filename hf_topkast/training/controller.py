@@ -56,7 +56,6 @@ class TopKastController:
         root = sparse_root(model)
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
-        self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
         self._settled = Settled(self.config)
         self._exploration_before: dict[str, Tensor] = {}
 
@@ -67,6 +66,7 @@ class TopKastController:
                 "The optimizer has a TopKastController already, and two would apply everything twice. Call remove() "
                 "on the first one. (TopKastTrainer makes its own.)"
             )
+        self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
         self._refresher.check_changes()
         for layer in self.layers.values():
             layer.shard_rest()

@@ -232,7 +232,7 @@ def test_nan_in_one_ranks_part_is_saved_by_none(tmp_path):
 def test_twenty_kills_change_nothing(tmp_path):
     for name, kills in (("straight", 0), ("killed", 20)):
         (tmp_path / name).mkdir()
-        script = str(Path(__file__).with_name("soak.py"))
+        script = str(Path(__file__).parents[1] / "soak.py")
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, script, str(tmp_path / name), str(kills), "1"]
         output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
