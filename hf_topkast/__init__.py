@@ -2,6 +2,7 @@
 
 from .checkpoints import CheckpointError, export_sparse, last_whole_checkpoint
 from .config import TopKastConfig
+from .method import LayerView, register_method
 from .report import sparsity_report
 from .surgery import densify, sparsify
 from .training import (
@@ -20,6 +21,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "CheckpointError",
+    "LayerView",
     "TopKastAveragedModel",
     "TopKastCallback",
     "TopKastConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "densify",
     "export_sparse",
     "last_whole_checkpoint",
+    "register_method",
     "register_optimizer",
     "sparsify",
     "sparsity_report",

@@ -28,6 +28,7 @@ class SparsityReport(SparsityCounts):
             f"{'whole model':<44} {'':>13} {self.total_parameters:>12,} {'':>8} {'':>8} "
             f"{_mib(self.trainable_state_bytes)} {_mib(self.dense_state_bytes)}",
             "MiB: parameters, gradients and two Adam moments, and for sparse layers indices and reservoir.",
+            *(f"method {name} needs beyond its |B| numbers: {needs}" for name, needs in self.needs.items()),
         ]
         return "\n".join(lines)
 

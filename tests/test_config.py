@@ -34,7 +34,6 @@ def test_backward_density_defaults_to_twice_density():
         ("explore_until", float("inf")),
         ("explore_until", True),
         ("explore_until", "0.5"),
-        ("penalty", None),
         ("target_modules", 5),
         ("target_modules", [5]),
         ("explore_until", -1),

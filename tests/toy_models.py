@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_topkast.method import LayerView
 from hf_topkast.sets.methods import topkast
 from hf_topkast.sets.selection import set_size
 
@@ -64,4 +65,5 @@ def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def choose_sets(theta: torch.Tensor, density: float, backward_density: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of Top-KAST as masks of the shape of `theta`."""
-    return topkast.choose(theta, *(set_size(theta.numel(), share) for share in (density, backward_density)))
+    sizes = (set_size(theta.numel(), share) for share in (density, backward_density))
+    return topkast.choose(LayerView(theta, *sizes))

@@ -32,6 +32,7 @@ from .state_file import (
     SparseState,
     fit_digests,
     read_state,
+    rest_mask,
     weight_digests,
 )
 
@@ -55,6 +56,7 @@ def split_state_dict(
     Raises:
         CheckpointError: if a thread gave a layer other sets meanwhile; the message names the layer.
     """
+    info = sparse_info(model)
     places = _places(model)
     begun = {name: layer.assignments for name, layer in sparse_layers(model)}
     stock = dict(model.state_dict() if state_dict is None else state_dict)
@@ -87,11 +89,12 @@ def split_state_dict(
             for key in LAYER_TENSORS:
                 stock.pop(f"{place}.{key}", None)
         tensors[f"{name}.active"] = pack_bits(active)
-        tensors[f"{name}.backward"] = pack_bits(pattern.backward_mask())
-        tensors[f"{name}.rest"] = assemble_theta(own["values"], pattern, own["reservoir"])[~active]
+        backward = pattern.backward_mask()
+        tensors[f"{name}.backward"] = pack_bits(backward)
+        theta = assemble_theta(own["values"], pattern, own["reservoir"])
+        tensors[f"{name}.rest"] = theta[rest_mask(active, backward, info.config)]
         tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
         shapes[name], digests[name] = pattern.shape, weight_digests(alpha[active])
-    info = sparse_info(model)
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
 
 
@@ -134,7 +137,7 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = Fa
             f"{STATE_NAME} was not saved together with these weights: those of layer '{name}' are not the ones it was "
             "written with. Keep the two files of one checkpoint together."
         )
-    return alpha.masked_scatter(~active, rest.to(alpha))
+    return alpha.masked_scatter(state.rest_mask(name).to(alpha.device), rest.to(alpha))
 
 
 def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseState:

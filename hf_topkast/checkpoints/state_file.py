@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import TopKastConfig
+from ..method import get_method
 from ..ops import select_backend
-from ..sets import get_method
 from ..storage import pack_bits, spread_blocks, unpack_bits
 from .durable import replacing
 
@@ -39,8 +39,9 @@ class SparseState:
 
     Attributes:
         tensors (`dict[str, torch.Tensor]`): per layer name, `.active` and `.backward` (both sets as packed bits),
-            `.rest` (θ outside A, by ascending flat index of the (out, in) weight), `.unvisited` and
-            `.initial_reservoir_size`. In a compact export only `.active` and `.values` (α on A, in that order).
+            `.rest` (θ outside A, by ascending flat index of the (out, in) weight; outside of B only where the method
+            keeps values there), `.unvisited` and `.initial_reservoir_size`. In a compact export only `.active` and
+            `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
         shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
         digests (`dict[str, dict[str, str]]`): of each layer's weights on A, which `model.safetensors` holds, by the
@@ -61,10 +62,20 @@ class SparseState:
         active = self._mask(name, "active")
         return active, active if self.compact else self._mask(name, "backward")
 
+    def rest_mask(self, name: str) -> Tensor:
+        """Where the numbers of `.rest` stand: bool, (out, in)."""
+        active, backward = self.masks(name)
+        return rest_mask(active, backward, self.config)
+
     def _mask(self, name: str, key: str) -> Tensor:
         out_features, in_features = self.shapes[name]
         packed = self.tensors[f"{name}.{key}"]
         return unpack_bits(packed, out_features * in_features).view(out_features, in_features)
+
+
+def rest_mask(active: Tensor, backward: Tensor, config: TopKastConfig) -> Tensor:
+    """Which weights outside A are stored, for sets A and B: bool, of their shape."""
+    return ~active if get_method(config.method).keeps_values else backward & ~active
 
 
 def write_state(state: SparseState, directory: str | os.PathLike):
@@ -155,7 +166,9 @@ def _problems(state: SparseState) -> Iterator[str]:
             yield f"layer '{name}' has the shape {shape}"
             return
         tensors = {kind: state.tensors[f"{name}.{kind}"] for kind in kinds}
-        yield from (f"layer '{name}': {problem}" for problem in _layer_problems(tensors, shape[0] * shape[1]))
+        keeps_values = get_method(state.config.method).keeps_values
+        problems = _layer_problems(tensors, shape[0] * shape[1], keeps_values)
+        yield from (f"layer '{name}': {problem}" for problem in problems)
         block_size = state.config.block_size
         if any(size % block for size, block in zip(shape, block_size)) or not all(
             torch.equal(mask, spread_blocks(mask[:: block_size[0], :: block_size[1]], block_size))
@@ -164,7 +177,7 @@ def _problems(state: SparseState) -> Iterator[str]:
             yield f"layer '{name}': its sets do not consist of whole blocks of {block_size}"
 
 
-def _layer_problems(tensors: dict[str, Tensor], numel: int) -> Iterator[str]:
+def _layer_problems(tensors: dict[str, Tensor], numel: int, keeps_values: bool) -> Iterator[str]:
     masks = {}
     for kind in tensors.keys() & {"active", "backward", "unvisited"}:
         packed = tensors[kind]
@@ -175,7 +188,10 @@ def _layer_problems(tensors: dict[str, Tensor], numel: int) -> Iterator[str]:
         if not torch.equal(pack_bits(masks[kind]), packed):
             yield f"'{kind}' has bits past its end"
     active = masks["active"]
-    held, count = ("values", int(active.sum())) if "values" in tensors else ("rest", numel - int(active.sum()))
+    if "values" in tensors:
+        held, count = "values", int(active.sum())
+    else:
+        held, count = "rest", (numel if keeps_values else int(masks["backward"].sum())) - int(active.sum())
     numbers = tensors[held]
     if not numbers.is_floating_point() or numbers.shape != (count,):
         yield f"'{held}' is {numbers.dtype} {tuple(numbers.shape)} and not {count} floating-point numbers"

@@ -10,7 +10,14 @@ from .readonly import ReadOnlyTensor
 
 
 class TopKastLayer(SparseStorage):
-    """What both sparse layers share: the masked product, and views of the weights and sets in the stock layout."""
+    """
+    What both sparse layers share: the masked product, and views of the weights and sets in the stock layout.
+
+    Attributes:
+        gradient_watch (`Callable`, *optional*): called with input and output of each product, while a refresh is going
+            to need more gradients than those of B.
+        powerprop_alpha (`float`): what `TopKastConfig.powerprop_alpha` says.
+    """
 
     def _build(
         self,
@@ -25,6 +32,8 @@ class TopKastLayer(SparseStorage):
         self._store(dense, active, backward, reservoir_device, block_size)
         self.backend = select_backend(backend)
         self._one_token = None
+        self.gradient_watch = None
+        self.powerprop_alpha = 1.0
         self.register_parameter("bias", dense.bias)
         self.train(dense.training)
 
@@ -38,7 +47,10 @@ class TopKastLayer(SparseStorage):
                 product = self._one_token = prepare_one_token(values, self.pattern, bias)
             if product is not None:
                 return product(x)
-        return masked_linear(x, self.values, self.pattern, self.bias, self.backend)
+        y = masked_linear(x, self._trained(self.values), self.pattern, self.bias, self.backend)
+        if self.gradient_watch is not None and not composite.is_needed():
+            self.gradient_watch(x, y)
+        return y
 
     @property
     def density(self) -> float:
@@ -57,9 +69,20 @@ class TopKastLayer(SparseStorage):
         that of the product does, for models that multiply by it themselves; setting its `requires_grad` sets theirs.
         """
         expand = composite.expand_active if composite.is_needed() else _Alpha.apply
-        alpha = self.to_stock(expand(full(self.values), self.pattern)).as_subclass(ReadOnlyTensor)
+        alpha = self.to_stock(expand(self._trained(full(self.values)), self.pattern)).as_subclass(ReadOnlyTensor)
         alpha.source = self.values
         return alpha
+
+    def _trained(self, values: Tensor) -> Tensor:
+        """
+        The values, with the gradient of what is trained in their place, φ with θ = φ·|φ|^(α−1): dθ/dφ = α·|φ|^(α−1)
+        (Powerpropagation, arXiv 2110.00296, equation 1).
+        """
+        if self.powerprop_alpha == 1:
+            return values
+        weights = values.detach()
+        slope = self.powerprop_alpha * weights.abs().pow(1 - 1 / self.powerprop_alpha)
+        return weights + slope * (values - weights)
 
     @property
     def active_mask(self) -> Tensor:

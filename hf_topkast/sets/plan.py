@@ -1,22 +1,43 @@
 """Which sets the layers of one model get under one configuration: their sizes, and then their members."""
 
+import hashlib
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TopKastConfig
+from ..method import Gradients, LayerView, get_method
 from ..storage import spread_blocks
 from .distribution import DISTRIBUTIONS
 from .fused import Rows, find_parts
-from .methods import get_method
-from .methods.topkast import choose_of_pruned
+from .methods import topkast
 from .schedule import backward_density_of, scheduled_density
 from .selection import block_norms, set_size
 
 
 Sizes = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Present:
+    """
+    A layer at a refresh.
+
+    Attributes:
+        step (`int`): the optimizer step that it follows.
+        active, backward (`torch.Tensor`): its sets, bool, (out, in).
+        drop (`float`): share of A to exchange.
+        gradients (`Callable`, *optional*): the gradients of a part, by its rows of blocks.
+    """
+
+    step: int
+    active: Tensor
+    backward: Tensor
+    drop: float = 0.0
+    gradients: Callable[[Rows], Gradients] | None = None
 
 
 class SetPlan:
@@ -86,16 +107,56 @@ class SetPlan:
         sizes.update({name: [next(pairs) for _ in self.parts[name]] for name in names})
         return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in chosen}
 
-    def choose(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-        """A and B of one layer as bool masks of the shape of `theta`, (out, in)."""
-        choose = choose_of_pruned if self.config.density == "nonzero" else self.method.choose
+    def choose(self, name: str, theta: Tensor, sizes: Sizes, present: Present | None = None) -> tuple[Tensor, Tensor]:
+        """
+        A and B of one layer, as the method chooses them.
+
+        Args:
+            name (`str`): the layer.
+            theta (`torch.Tensor`): its weights, (out, in).
+            sizes (`list[tuple[int, int]]`): of A and B of every part.
+            present ([`Present`], *optional*): the layer at a refresh. `None`: its first sets.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: A and B, bool, (out, in).
+
+        Raises:
+            ValueError: if a method gives sets of other sizes, or an A outside B; the message names the layer.
+        """
+        first_of_pruned = present is None and self.config.density == "nonzero"  # its zeros say what A is
+        return self._choose(topkast.choose if first_of_pruned else self.method.choose, name, theta, sizes, present)
+
+    def largest(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """A and B of one layer by magnitude, whatever the method; arguments and result as of [`SetPlan.choose`]."""
+        return self._choose(topkast.choose, name, theta, sizes, None)
+
+    def _choose(self, choose: Callable, name: str, theta: Tensor, sizes: Sizes, present: Present | None):
         scores = self._scores(theta)
         active, backward = (torch.zeros_like(scores, dtype=torch.bool) for _ in range(2))
-        for rows, (size, backward_size) in zip(self.parts[name], sizes):
-            active[rows], backward[rows] = choose(scores[rows], size, backward_size)
+        for part, (rows, (size, backward_size)) in enumerate(zip(self.parts[name], sizes)):
+            view = self._view(name, part, scores[rows], size, backward_size, present)
+            chosen = choose(view)
+            pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
+            check_sets(self.config.method, name, view, *pair)
+            active[rows], backward[rows] = pair
         if self.config.block_size == [1, 1]:
             return active, backward
         return spread_blocks(active, self.config.block_size), spread_blocks(backward, self.config.block_size)
+
+    def _view(
+        self, name: str, part: int, scores: Tensor, size: int, backward_size: int, present: Present | None
+    ) -> LayerView:
+        pruned = self.config.density == "nonzero"
+        step = -1 if present is None else present.step
+        # Of its own for each choice, so that neither resuming nor the number of ranks or layers changes a draw.
+        seed = hashlib.blake2b(f"{self.config.seed}/{step}/{name}/{part}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        if present is None:
+            return LayerView(scores, size, backward_size, pruned=pruned, generator=generator)
+        (height, width), rows = self.config.block_size, self.parts[name][part]
+        active, backward = (mask[::height, ::width][rows] for mask in (present.active, present.backward))
+        gradients = None if present.gradients is None else present.gradients(rows)
+        return LayerView(scores, size, backward_size, active, backward, present.drop, pruned, generator, gradients)
 
     def _scores(self, theta: Tensor) -> Tensor:
         """What is ranked by magnitude: the weights, or the norms of their blocks."""
@@ -137,8 +198,26 @@ class SetPlan:
         if not exploring:
             return count
         if self.config.backward_density is None:
-            return min(numel, 2 * count) if self.method.refreshes else count
+            return int(min(numel, self.method.backward_ratio * count))
         return max(count, set_size(numel, self.config.backward_density))
+
+
+def check_sets(method: str, name: str, view: LayerView, active: Tensor, backward: Tensor):
+    """
+    Whether a method gave what it was asked for.
+
+    Raises:
+        ValueError: if it did not; the message names method and layer.
+    """
+    for kind, mask, size in (("A", active, view.size), ("B", backward, view.backward_size)):
+        if mask.dtype != torch.bool or mask.shape != view.theta.shape or int(mask.sum()) != size:
+            found = f"{int(mask.sum())} of {tuple(mask.shape)}" if mask.dtype == torch.bool else f"{mask.dtype}"
+            raise ValueError(
+                f"method={method!r} gave layer '{name}' a set {kind} of {found}, where {size} of "
+                f"{tuple(view.theta.shape)} are asked for, as a bool mask. Mend the method's function."
+            )
+    if bool((active & ~backward).any()):
+        raise ValueError(f"method={method!r} gave layer '{name}' an A that is not inside B. Mend its function.")
 
 
 def match_overrides(overrides: dict[str, float], names) -> dict[str, float]:

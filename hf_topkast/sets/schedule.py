@@ -27,12 +27,32 @@ def next_refresh(step: int, refresh_every: int, schedule_end: int | None = None)
     return regular if schedule_end is None or schedule_end <= step else min(regular, schedule_end)
 
 
+def drop_share_at(step: int, config: TopKastConfig, until: int | None) -> float:
+    """
+    The share of A that a refresh after optimizer step `step` exchanges.
+
+    Args:
+        step (`int`): optimizer steps taken.
+        config ([`TopKastConfig`]): the settings.
+        until (`int`, *optional*): the step of the last exchange, see `update_until`.
+    """
+    if config.drop_share is None or until is None or step > until:
+        return 0.0
+    way = step / max(until, 1)
+    if config.drop_decay == "constant":
+        return config.drop_share
+    if config.drop_decay == "staged":
+        return config.drop_share if way <= 0.75 else config.drop_share / 2
+    left = SHAPES["cosine"](1 - way)
+    return config.drop_end + (config.drop_share - config.drop_end) * left
+
+
 def resolve_step(name: str, config: TopKastConfig, total_steps: int | None) -> int | None:
     """
     The optimizer step that a field stands for: up to 1 it is a fraction of `total_steps`, above 1 a step.
 
     Args:
-        name (`str`): the field: `"explore_until"`, `"schedule_begin"` or `"schedule_end"`.
+        name (`str`): the field: `"explore_until"`, `"update_until"`, `"schedule_begin"` or `"schedule_end"`.
         config ([`TopKastConfig`]): the settings.
         total_steps (`int`, *optional*): optimizer steps of the whole training.
 

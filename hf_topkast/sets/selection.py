@@ -72,6 +72,25 @@ def spread_mask(candidates: Tensor, count: int) -> Tensor:
     return mask.view_as(candidates)
 
 
+def random_mask(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """
+    Marks `count` of the candidates, drawn uniformly without replacement.
+
+    Args:
+        candidates (`torch.Tensor`): bool, any shape.
+        count (`int`): how many to mark, at most as many as there are candidates.
+        generator (`torch.Generator`): on the CPU, so that the draw is the same whatever the device.
+
+    Returns:
+        `torch.Tensor`: bool, of the shape of `candidates`, with exactly `count` entries set.
+    """
+    places = candidates.flatten().nonzero().squeeze(1)
+    drawn = torch.randperm(places.numel(), generator=generator)[:count]
+    mask = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
+    mask[places[drawn.to(places.device)]] = True
+    return mask.view_as(candidates)
+
+
 def _kth_largest(flat: Tensor, count: int) -> Tensor | float:
     place = flat.numel() - count
     if flat.device.type == "cpu":  # the same number, in a seventh of kthvalue's time at 2.4 million weights

@@ -18,7 +18,7 @@ from .distributed import (
     world_size,
 )
 from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
-from .reservoir import Arriving, assemble_theta
+from .reservoir import NOWHERE, Arriving, assemble_theta
 from .set_watch import mixture
 from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage
 
@@ -26,6 +26,7 @@ from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage
 __all__ = [
     "GRAIN",
     "LIVING",
+    "NOWHERE",
     "STRUCTURE",
     "TRACKING",
     "Arriving",

@@ -2,7 +2,8 @@
 Where the weights outside B rest: beside the layer, in host memory, or on disk.
 
 They are stored once, as n − |B| numbers in ascending flat order, and only a refresh touches them. That is what lets an
-accelerator hold the sparse numbers alone (the paper's §2.4 proposes it).
+accelerator hold the sparse numbers alone (the paper's §2.4 proposes it). Under a method whose new weights begin at
+zero there are none: everything outside B is zero (`NOWHERE`).
 """
 
 import functools
@@ -16,16 +17,31 @@ from .distributed import is_sharded, local
 from .pattern import Pattern
 
 
-def take_reservoir(theta: Tensor, backward: Tensor) -> Tensor:
-    """The weights outside B, n − |B| numbers; `theta` and the bool mask `backward` have one shape."""
+# The place of weights that are not stored.
+NOWHERE = "nowhere"
+
+
+def take_reservoir(theta: Tensor, backward: Tensor, place: str) -> Tensor:
+    """
+    The weights outside B, n − |B| numbers, or none where their place is `NOWHERE`; `theta` and the bool mask
+    `backward` have one shape.
+    """
+    if place == NOWHERE:
+        return theta.new_empty(0)
     # In two steps, which take half the time of theta[~backward].
     return theta.flatten().index_select(0, (~backward).flatten().nonzero().squeeze(1))
 
 
 def assemble_theta(values: Tensor, pattern: Pattern, reservoir: Tensor) -> Tensor:
-    """θ, the full weight, from what a layer stores: (out, in), in the dtype and on the device of `values`."""
-    theta = torch.empty(pattern.shape, dtype=values.dtype, device=values.device)
-    theta.masked_scatter_(~pattern.backward_mask(), reservoir.to(values.device))
+    """
+    θ, the full weight, from what a layer stores: (out, in), in the dtype and on the device of `values`; zero outside B
+    without a reservoir.
+    """
+    if reservoir.numel():
+        theta = torch.empty(pattern.shape, dtype=values.dtype, device=values.device)
+        theta.masked_scatter_(~pattern.backward_mask(), reservoir.to(values.device))
+    else:
+        theta = torch.zeros(pattern.shape, dtype=values.dtype, device=values.device)
     theta.view(-1)[pattern.flat_index()] = values
     return theta
 

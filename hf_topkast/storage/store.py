@@ -11,7 +11,7 @@ from .column_walk import ColumnWalk
 from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_of, shard_like
 from .in_place import rewrite
 from .pattern import Pattern, pack_bits, slot_sources
-from .reservoir import assemble_theta, put_to_rest, take_reservoir
+from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
 from .set_watch import SetWatch, mixture
 
 
@@ -47,6 +47,7 @@ class SparseStorage(ColumnWalk, SetWatch):
         reservoir (`torch.Tensor`): θ outside B, (n − |B|,), by ascending flat index of the (out, in) weight. A buffer,
             or with another `reservoir_device` than `"same"` a tensor that stays on the host when the layer moves.
             Under FSDP2, once `shard_rest` was called, a DTensor of which each rank holds its part; so is `unvisited`.
+            With `reservoir_device="nowhere"` it is empty, and θ is zero outside B.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
         assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
@@ -75,13 +76,13 @@ class SparseStorage(ColumnWalk, SetWatch):
             self.register_buffer(name, getattr(pattern, name))
         self._begin_walk(pattern.column_walk)
         self._begin_watch(pattern)
-        reservoir = take_reservoir(theta, backward)
-        if reservoir_device == "same":
-            self.register_buffer("reservoir", reservoir)
-        else:
+        reservoir = take_reservoir(theta, backward, reservoir_device)
+        if self._rests_elsewhere:
             self.reservoir = put_to_rest(reservoir, reservoir_device)
+        else:
+            self.register_buffer("reservoir", reservoir)
         self.register_buffer("unvisited", pack_bits(~backward))
-        self.register_buffer("initial_reservoir_size", torch.tensor(self.reservoir.numel()))
+        self.register_buffer("initial_reservoir_size", torch.tensor(self.numel - self.values.numel()))
 
     @property
     def pattern(self) -> Pattern:
@@ -151,7 +152,7 @@ class SparseStorage(ColumnWalk, SetWatch):
             self._write(name, getattr(pattern, name))
         if pattern.column_walk is not None:
             self._keep_walk(pattern.column_walk)
-        self._write("reservoir", take_reservoir(theta, backward))
+        self._write("reservoir", take_reservoir(theta, backward, self.reservoir_device))
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
         self._note_digest(pattern, places)
         self.assignments += 1
@@ -174,15 +175,16 @@ class SparseStorage(ColumnWalk, SetWatch):
 
     def shard_rest(self):
         """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
-        if is_sharded(self.values) and not is_sharded(self.reservoir):
+        if is_sharded(self.values) and not is_sharded(self.unvisited):
             self.unvisited = shard_like(self.unvisited, self.values)
-            self.reservoir = shard_like(self.reservoir, self.values)
+            if self.reservoir_device != NOWHERE:
+                self.reservoir = shard_like(self.reservoir, self.values)
             if self._rests_elsewhere:
                 self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 
     @property
     def _rests_elsewhere(self) -> bool:
-        return self.reservoir_device != "same"
+        return self.reservoir_device not in ("same", NOWHERE)
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
@@ -273,10 +275,12 @@ class SparseStorage(ColumnWalk, SetWatch):
             return None  # reported as missing keys by torch
         stored = sized["values"].numel()
         entries = stored // (self.block_size[0] * self.block_size[1])
-        if stored + sized["reservoir"].numel() != self.numel or sized["columns"].numel() != entries:
+        resting = 0 if self.reservoir_device == NOWHERE else self.numel - stored
+        if sized["reservoir"].numel() != resting or sized["columns"].numel() != entries:
+            kept = "that keeps no weights outside B" if self.reservoir_device == NOWHERE else "with all its weights"
             return (
                 f"the state holds {stored} values, {sized['columns'].numel()} columns and "
-                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights."
+                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights {kept}."
             )
         if sized["row_offsets"].shape != self.row_offsets.shape:
             return (

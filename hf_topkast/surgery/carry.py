@@ -14,7 +14,18 @@ HOOKS = tuple(
     vars(nn.Module()).keys() - {"training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}
 )
 # What layers, dense or sparse, say of themselves.
-OWN = {"in_features", "out_features", "nx", "nf", "backend", "block_size", "reservoir", "reservoir_device"}
+OWN = {
+    "in_features",
+    "out_features",
+    "nx",
+    "nf",
+    "backend",
+    "block_size",
+    "reservoir",
+    "reservoir_device",
+    "gradient_watch",
+    "powerprop_alpha",
+}
 OWN |= {"assignments", "sets_digest", "forward"}
 
 

@@ -1,10 +1,11 @@
 """What is sparse in a model, and what that saves in training, counted layer by layer."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
 from ..layers import TopKastLayer
+from ..method import get_method
 from ..storage import STRUCTURE, TRACKING
 from .replace import sparse_layers
 
@@ -42,6 +43,7 @@ class SparsityCounts:
         trainable_state_bytes (`int`): the whole model in training with Adam: parameters, gradients and both moments
             of what is trainable, and indices and reservoir of the sparse layers (but not a reservoir on disk).
         dense_state_bytes (`int`): the same for the dense model.
+        needs (`dict[str, str]`): what the method, by its name, needs in training beyond that.
     """
 
     rows: list[LayerRow]
@@ -50,6 +52,7 @@ class SparsityCounts:
     dense_parameters: int
     trainable_state_bytes: int
     dense_state_bytes: int
+    needs: dict[str, str] = field(default_factory=dict)
 
     @property
     def nonzero_parameters(self) -> int:
@@ -80,7 +83,9 @@ class SparsityCounts:
 def count_sparsity(model: nn.Module) -> SparsityCounts:
     """Counts a model's sparse and dense weights, and the bytes of its training state."""
     layers = list(sparse_layers(model))
-    rows = [_row(name, layer) for name, layer in layers]
+    configs = {id(info): info.config for module in model.modules() if (info := module.__dict__.get("topkast"))}
+    counts_steps = any(config.new_state == "fresh" for config in configs.values())
+    rows = [_row(name, layer, COPIES_IN_TRAINING + counts_steps) for name, layer in layers]
     values = {id(layer.values) for _, layer in layers}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in values]
     rest_bytes = sum(p.numel() * p.element_size() * (COPIES_IN_TRAINING if p.requires_grad else 1) for p in rest)
@@ -92,11 +97,12 @@ def count_sparsity(model: nn.Module) -> SparsityCounts:
         dense_parameters=sum(parameter.numel() for parameter in rest),
         trainable_state_bytes=sum(row.trainable_state_bytes for row in rows) + rest_bytes,
         dense_state_bytes=sum(row.dense_state_bytes for row in rows) + rest_bytes,
+        needs={config.method: get_method(config.method).needs for config in configs.values()},
     )
 
 
-def _row(name: str, layer: TopKastLayer) -> LayerRow:
-    copies = COPIES_IN_TRAINING if layer.values.requires_grad else 1
+def _row(name: str, layer: TopKastLayer, copies: int) -> LayerRow:
+    copies, dense_copies = (copies, COPIES_IN_TRAINING) if layer.values.requires_grad else (1, 1)
     buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING)]
     if layer.column_walk is not None:
         buffers.append(layer.column_walk)
@@ -112,5 +118,5 @@ def _row(name: str, layer: TopKastLayer) -> LayerRow:
         density=layer.density,
         backward_density=layer.backward_density,
         trainable_state_bytes=layer.values.nbytes * copies + sum(buffer.nbytes for buffer in buffers),
-        dense_state_bytes=layer.numel * layer.values.element_size() * copies,
+        dense_state_bytes=layer.numel * layer.values.element_size() * dense_copies,
     )

@@ -12,8 +12,10 @@ from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer, sparse_type
+from ..method import get_method
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
+from ..storage import NOWHERE
 from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .targets import find_targets
 
@@ -21,7 +23,10 @@ from .targets import find_targets
 logger = logging.get_logger(__name__)
 
 # What the layers of a model were made with.
-OF_THE_LAYERS = ("block_size", "split_fused", "target_modules", "exclude_modules", "reservoir_device", "backend")
+OF_THE_LAYERS = (
+    *("block_size", "split_fused", "target_modules", "exclude_modules"),
+    *("reservoir_device", "backend", "powerprop_alpha"),
+)
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -191,8 +196,11 @@ def sparse_root(model: nn.Module) -> nn.Module:
 
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
-    settings = config.backend, config.reservoir_device, tuple(config.block_size)
-    return sparse_type(dense)(dense, active, backward, *settings)
+    place = config.reservoir_device if get_method(config.method).keeps_values else NOWHERE
+    settings = config.backend, place, tuple(config.block_size)
+    layer = sparse_type(dense)(dense, active, backward, *settings)
+    layer.powerprop_alpha = config.powerprop_alpha
+    return layer
 
 
 def weight_rows(dense: nn.Module) -> Tensor:

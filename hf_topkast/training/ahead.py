@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers import TopKastLayer
-from ..sets import SetPlan, Sizes
+from ..sets import Present, SetPlan, Sizes
 from ..storage import Moment, pack_bits, unpack_bits
 
 
@@ -54,6 +54,7 @@ def choose_ahead(
     layers: dict[str, TopKastLayer],
     plan: SetPlan,
     sizes: Callable[[dict[str, Moment]], dict[str, Sizes]],
+    present: Callable[[Moment], Present],
 ) -> Choice:
     """
     Starts a thread that chooses sets from the weights as they are now.
@@ -67,12 +68,13 @@ def choose_ahead(
         layers (`dict[str, TopKastLayer]`): the layers, by name.
         plan ([`SetPlan`]): chooses the members.
         sizes (`Callable`): gives the sizes of the sets from the layers' numbers at this moment; called in the thread.
+        present (`Callable`): gives what a method is told of a layer; called in the thread.
     """
     moments = {name: layer.moment() for name, layer in layers.items()}
     on_gpu = any(moment.values.is_cuda for moment in moments.values())
     stream = torch.cuda.current_stream() if on_gpu else None  # behind what has still to be written
     thread = ThreadPoolExecutor(1, thread_name_prefix="topkast")
-    choice = Choice(key, thread.submit(_choose, moments, plan, sizes, stream))
+    choice = Choice(key, thread.submit(_choose, moments, plan, sizes, present, stream))
     thread.shutdown(wait=False)  # ends once all is done
     return choice
 
@@ -84,12 +86,15 @@ def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _choose(moments: dict[str, Moment], plan: SetPlan, sizes: Callable, stream) -> dict[str, Tensor] | str:
+def _choose(
+    moments: dict[str, Moment], plan: SetPlan, sizes: Callable, present: Callable, stream
+) -> dict[str, Tensor] | str:
     try:
         with torch.cuda.stream(stream):  # nothing without one
             wanted, chosen = sizes(moments), {}
             for name in list(moments):
-                masks = plan.choose(name, moments.pop(name).theta(), wanted[name])
+                moment = moments.pop(name)
+                masks = plan.choose(name, moment.theta(), wanted[name], present(moment))
                 chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
     except Exception:
         return traceback.format_exc()  # the exception itself would keep θ of a layer alive until it is raised

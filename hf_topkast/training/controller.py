@@ -3,20 +3,21 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..layers import TopKastLayer
-from ..storage import local, prefix_here, sum_over_ranks
+from ..storage import local, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
+from .changes import ValueChanges, active_here
 from .engines import check_engine, find_ddp
 from .optimizers import check_optimizer, unwrap_optimizer
-from .penalty import add_penalty, penalty_of, shrink
+from .own_groups import OwnGroups
+from .penalty import penalty_of
 from .refresher import Refresher
 from .settled import Settled
 from .watch import controller_of, unwatch, watch
-from .weight_decay import WithoutDecay
 
 
 logger = logging.get_logger(__name__)
@@ -57,16 +58,17 @@ class TopKastController:
         self.layers: dict[str, TopKastLayer] = dict(sparse_layers(root))
         self._refresher = Refresher(root, self.layers, self.config, self.optimizer, self._ddp, total_steps)
         self._settled = Settled(self.config)
-        self._exploration_before: dict[str, Tensor] = {}
+        self._changes = ValueChanges(self.layers, self.config, self.optimizer)
 
         values = {name: layer.values for name, layer in self.layers.items() if layer.values.requires_grad}
-        check_optimizer(self.optimizer, values, self.config.penalty_mode)
+        check_optimizer(self.optimizer, values, self.config)
         if controller_of(self.optimizer) is not None:
             raise ValueError(
                 "The optimizer has a TopKastController already, and two would apply everything twice. Call remove() "
                 "on the first one. (TopKastTrainer makes its own.)"
             )
-        self._decay = WithoutDecay(self.optimizer, [layer.values for layer in self.layers.values()])
+        sparse = [layer.values for layer in self.layers.values()]
+        self._groups = OwnGroups(self.optimizer, sparse, self.config.lr_scale)
         self._refresher.check_changes()
         for layer in self.layers.values():
             layer.shard_rest()
@@ -77,6 +79,7 @@ class TopKastController:
         self._attach()
         if self._refresher.exploration_end == 0:
             self.end_exploration()
+        self._refresher.expect(1)
 
     @property
     def step(self) -> int:
@@ -98,6 +101,7 @@ class TopKastController:
         """Takes the hooks off the optimizer: from then on A and B stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        self._refresher.expect(None)
         unwatch(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,36 +126,24 @@ class TopKastController:
         self._settled.check()
         self._warn_of_restart()
         self._check_layers()
-        self._refresher.before_step(self.step + 1)
+        self._changes.settle()  # of a step that an error has ended
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._change_gradients(optimizer)
-        self._decay.begin()
+            self._refresher.before_step(self.step + 1)
+        self._groups.begin()
         if closure is None:
+            self._changes.begin(self._density)
             return None
 
-        def closure_and_penalty():
+        def closure_and_changes():
+            self._changes.settle()
             loss = closure()
             with torch.no_grad():
-                self._change_gradients(optimizer)
+                self._refresher.before_step(self.step + 1)
+                self._changes.begin(self._density)
             return loss
 
-        return args[:1], {**kwargs, "closure": closure_and_penalty}
-
-    def _change_gradients(self, optimizer: Optimizer):
-        """What comes between the loss's gradients and the optimizer's update."""
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        for name, layer in self.layers.items():
-            if layer.values.grad is None:
-                continue
-            if id(layer.values) not in groups:
-                raise ValueError(
-                    f"Layer '{name}' has a gradient, but the optimizer does not hold its values: it was unfrozen "
-                    "after the optimizer was made. Make the optimizer and the controller anew."
-                )
-            self._apply_penalty(layer, groups[id(layer.values)])
-            if self.config.exploration_lr_scale != 1:
-                self._exploration_before[name] = local(layer.values)[self._active_here(layer) :].clone()
+        return args[:1], {**kwargs, "closure": closure_and_changes}
 
     def _warn_of_restart(self):
         """At the first step and not before: between the two the state may be loaded."""
@@ -187,30 +179,19 @@ class TopKastController:
                     "then call controller.load_state_dict; or make a new optimizer and a new controller."
                 )
 
-    def _apply_penalty(self, layer: TopKastLayer, group: dict):
-        if self.config.penalty == 0:
-            return
-        place = self._active_here(layer), self._density
-        if self.config.penalty_mode == "decoupled":
-            shrink(local(layer.values), *place, group["lr"] * self.config.penalty)
-        else:  # a fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike
-            scale = getattr(self.optimizer, "grad_scale", None)
-            add_penalty(local(layer.values.grad), local(layer.values), *place, self.config.penalty, scale)
-
     @torch.compiler.disable
     @torch.no_grad()
     def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        self._decay.end()
         if self._skips(optimizer):
+            self._changes.settle()
+            self._groups.end()
             return
-        for name, before in self._exploration_before.items():
-            layer = self.layers[name]
-            exploration = local(layer.values)[self._active_here(layer) :]
-            exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
-        self._exploration_before.clear()
+        self._changes.end()
+        self._groups.end()
         self.step += 1
         if self._refresher.after_step(self.step):
             self._see_layers()
+        self._refresher.expect(self.step + 1)
 
     # Changing the sets
 
@@ -225,6 +206,7 @@ class TopKastController:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
         self._refresher.forget_choice()
+        self._refresher.before_refresh(self.step)
         if self._refresher.refresh(self.step):
             self._see_layers()
 
@@ -234,17 +216,17 @@ class TopKastController:
         self._refresher.end_exploration()
         self._see_layers()
 
-    @staticmethod
-    def _active_here(layer: TopKastLayer) -> int:
-        """How many of the values that this rank holds belong to A: they come first."""
-        return prefix_here(layer.active_count, layer.values)
-
     # What is logged and saved
 
     @property
     def mask_churn(self) -> float | None:
         """Share of A's members that left it at the last refresh; `None` before the first."""
         return self._refresher.mask_churn
+
+    @property
+    def layer_churn(self) -> dict[str, float] | None:
+        """The same by layer, of those that were refreshed; `None` before the first refresh of this controller."""
+        return self._refresher.layer_churn
 
     @property
     def refresh_seconds(self) -> float | None:
@@ -264,7 +246,7 @@ class TopKastController:
         for layer in self.layers.values():
             if not layer.values.requires_grad:
                 continue
-            part = penalty_of(local(layer.values), self._active_here(layer), self._density)
+            part = penalty_of(local(layer.values), active_here(layer), self._density)
             total += float(sum_over_ranks(part, layer.values))
         return self.config.penalty / 2 * total
 
@@ -279,6 +261,8 @@ class TopKastController:
             "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
             "topkast/penalty": self.penalty(),
         }
+        if self.config.lr_scale != 1:
+            metrics["topkast/learning_rate"] = float(self.optimizer.param_groups[0]["lr"]) * self.config.lr_scale
         if self.mask_churn is not None:
             metrics["topkast/mask_churn"] = self.mask_churn
         if self.refresh_seconds is not None:
@@ -305,3 +289,4 @@ class TopKastController:
         self._refresher.load_state_dict(state)
         self.step, self._restarted_from = state["step"], 0
         self._see_layers()
+        self._refresher.expect(self.step + 1)

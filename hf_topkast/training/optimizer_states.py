@@ -31,11 +31,14 @@ class StateRule:
         second_moments (`tuple[str, ...]`): the states that `new_state="mean"` fills with the layer's mean.
         mirrors_values (`bool`): whether a state is another version of the weights, which only holds as long as nothing
             but the optimizer changes them.
+        corrects_bias (`bool`): whether it is Adam, whose correction of young moments `new_state="fresh"` makes one of
+            each weight.
     """
 
     fresh: Mapping[str, Start] = field(default_factory=dict)
     second_moments: tuple[str, ...] = SECOND_MOMENTS
     mirrors_values: bool = False
+    corrects_bias: bool = False
 
 
 def _own_values(group: dict, values: Tensor) -> Tensor:
@@ -57,7 +60,8 @@ _SCHEDULE_FREE = StateRule({"z": _own_values}, mirrors_values=True)
 
 # By package and class, so that nothing is imported for a package that is not there.
 _KNOWN: dict[str, StateRule] = {
-    **dict.fromkeys(("torch.SGD", "torch.Adam", "torch.AdamW", "torch.NAdam", "torch.RAdam"), _FROM_ZERO),
+    **dict.fromkeys(("torch.Adam", "torch.AdamW"), StateRule(corrects_bias=True)),
+    **dict.fromkeys(("torch.SGD", "torch.NAdam", "torch.RAdam"), _FROM_ZERO),
     **dict.fromkeys(("torch.RMSprop", "torch.Adafactor"), _FROM_ZERO),
     "torch.Adagrad": StateRule({"sum": _initial_accumulator}, second_moments=("sum",)),
     # Its step is the ratio of two means: with one of them fresh and the other not it would be neither.

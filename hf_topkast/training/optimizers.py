@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from ..config import TopKastConfig
 from ..storage import full, is_sharded, local, moved, shard_like
+from .cold_start import ENTERED, check_fresh
 from .optimizer_states import StateRule, state_rule, supported_optimizers
 
 
@@ -15,14 +16,14 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], penalty_mode: str):
+def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], config: TopKastConfig):
     """
     Refuses an optimizer that cannot train sparse layers.
 
     Args:
         optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
         values (`dict[str, torch.nn.Parameter]`): the trainable values of the sparse layers, by layer name.
-        penalty_mode (`str`): as in [`TopKastConfig`]; `"decoupled"` needs a learning rate.
+        config ([`TopKastConfig`]): the settings; some need a learning rate, or Adam.
 
     Raises:
         ValueError: if its state may not move with a weight, if it steps inside the backward pass, if it does not hold
@@ -51,16 +52,23 @@ def check_optimizer(optimizer: Optimizer, values: dict[str, nn.Parameter], penal
         )
     for name, parameter in values.items():
         check_state(optimizer, name, parameter)
-        if penalty_mode == "decoupled" and groups[id(parameter)]["lr"] is None:
+        needs_rate = {
+            f"lr_scale={config.lr_scale}": config.lr_scale != 1,
+            "penalty_mode='decoupled'": config.penalty_mode == "decoupled",
+        }
+        setting = next((setting for setting, needed in needs_rate.items() if needed), None)
+        if setting is not None and groups[id(parameter)]["lr"] is None:
             raise ValueError(
-                f"penalty_mode='decoupled' shrinks values in proportion to the learning rate, and {kind.__name__} has "
-                "none (lr=None). Use penalty_mode='coupled', or give it a learning rate."
+                f"{setting} goes by the learning rate, and {kind.__name__} has none (lr=None). Leave it out, or give "
+                "it a learning rate."
             )
+    if config.new_state == "fresh":
+        check_fresh(optimizer, values)
 
 
 def check_outside_changes(optimizer: Optimizer, config: TopKastConfig):
     """
-    Refuses settings that change values outside the optimizer's step, where the optimizer would have to know of it.
+    Refuses settings that change values in another way than the optimizer, where it would have to know of it.
 
     Schedule-free optimizers, for one, do not store the average x that they evaluate: it follows from the parameter, y,
     and the state z. Were y alone scaled or shrunk, x would move the other way, or by more than y.
@@ -72,14 +80,15 @@ def check_outside_changes(optimizer: Optimizer, config: TopKastConfig):
     if rule is None or not rule.mirrors_values:
         return
     decoupled = config.penalty_mode == "decoupled" and config.penalty != 0
+    scales = [name for name in ("exploration_lr_scale", "lr_scale", "powerprop_alpha") if getattr(config, name) != 1]
     for changes, setting, way_out in (
-        (config.exploration_lr_scale != 1, f"exploration_lr_scale={config.exploration_lr_scale}", "Leave it at 1.0"),
+        *((True, f"{name}={getattr(config, name)}", "Leave it at 1.0") for name in scales),
         (decoupled, "penalty_mode='decoupled'", "Use penalty_mode='coupled'"),
     ):
         if changes:
             raise ValueError(
-                f"{setting} changes values outside the optimizer's step, and {type(optimizer).__name__} keeps another "
-                f"version of them in its state, which would no longer fit. {way_out}, or use another optimizer."
+                f"{setting} changes values in another way than the optimizer, and {type(optimizer).__name__} keeps "
+                f"another version of them in its state, which would not fit any more. {way_out}, or use another one."
             )
 
 
@@ -155,7 +164,14 @@ def _belongs_to_shards(value, parameter: nn.Parameter) -> bool:
     return is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
-def carry_state(optimizer: Optimizer, values: nn.Parameter, sources: Tensor, former: int, new_state: str):
+def carry_state(
+    optimizer: Optimizer,
+    values: nn.Parameter,
+    sources: Tensor,
+    former: int,
+    new_state: str,
+    lr_scale: float = 1.0,
+):
     """
     Moves one parameter's optimizer state with its weights, in place where the size stays.
 
@@ -167,13 +183,16 @@ def carry_state(optimizer: Optimizer, values: nn.Parameter, sources: Tensor, for
         values (`torch.nn.Parameter`): the values of a sparse layer, the newcomers among them.
         sources (`torch.Tensor`): int64, (|B|,): former slot of each new slot, -1 for a weight that enters.
         former (`int`): how many slots there were; state of another size is of the whole parameter and stays.
-        new_state (`str`): `"zero"` or `"mean"`.
+        new_state (`str`): as in [`TopKastConfig`].
+        lr_scale (`float`, *optional*, defaults to 1.0): factor on the learning rate that a state may start at.
     """
     state = optimizer.state.get(values)
     if not state:
         return
     rule = state_rule(type(optimizer))
     group = next(group for group in optimizer.param_groups if any(held is values for held in group["params"]))
+    if lr_scale != 1:
+        group = {**group, "lr": group["lr"] * lr_scale}
     stays = sources >= 0
     newcomers = full(values.detach())[~stays] if any(map(callable, rule.fresh.values())) else None
     for key, stored in state.items():
@@ -181,6 +200,8 @@ def carry_state(optimizer: Optimizer, values: nn.Parameter, sources: Tensor, for
             continue  # a step count, or what holds for the whole parameter
         if new_state == "mean" and key in rule.second_moments:
             fresh = full(stored).mean()
+        elif key == ENTERED:
+            fresh = torch.as_tensor(state["step"]).to(stored.device, stored.dtype)
         else:
             fresh = _start(rule, key, group, newcomers, stays).to(stored.device, stored.dtype)
         arrived = moved(stored, sources, fresh)

@@ -14,10 +14,21 @@ from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
-from ..sets import SetPlan, Sizes, check_finite, density_window, next_refresh, resolve_step, way_left
-from ..storage import Arriving, Moment, check_agreement, local, raise_together, set_digest, world_size
+from ..sets import (
+    Present,
+    SetPlan,
+    Sizes,
+    check_finite,
+    density_window,
+    drop_share_at,
+    next_refresh,
+    resolve_step,
+    way_left,
+)
+from ..storage import NOWHERE, Arriving, Moment, check_agreement, local, raise_together, set_digest, world_size
 from .ahead import Choice, choose_ahead, unpacked
 from .engines import check_lag, check_resizing, rebuild_buckets
+from .gradients import GradientWatch, PartGradients
 from .optimizers import carry_state, check_outside_changes, check_state
 
 
@@ -27,6 +38,7 @@ logger = logging.get_logger(__name__)
 CHOOSING_SETTINGS = (
     *("method", "density", "backward_density", "initial_density"),
     *("distribution", "density_overrides", "split_fused", "block_size"),
+    *("drop_share", "drop_end", "drop_decay", "update_until", "seed"),
 )
 
 
@@ -45,6 +57,7 @@ class Refresher:
     Attributes:
         exploration_end (`int`, *optional*): the step after which B is A.
         mask_churn (`float`, *optional*): share of A's members that left it at the last refresh.
+        layer_churn (`dict[str, float]`, *optional*): the same, by layer.
         seconds (`float`, *optional*): how long training waited for the last refresh.
 
     Raises:
@@ -65,7 +78,9 @@ class Refresher:
         self.layers, self.config, self.optimizer = layers, config, optimizer
         self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
         self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
+        self._check_reservoirs()
         self.exploration_end = resolve_step("explore_until", config, total_steps)
+        self._last_exchange = resolve_step("update_until", config, total_steps)
         self._density_window = density_window(config, total_steps)
         self._arrived = config.initial_density is not None and self._is_at_final_density()
         if total_steps is not None and self._density_window is not None and self._density_window[1] > total_steps:
@@ -74,6 +89,8 @@ class Refresher:
                 f"training does not reach density={config.density}. Give an earlier schedule_end."
             )
         self.mask_churn: float | None = None
+        self.layer_churn: dict[str, float] | None = None
+        self._watches = self._make_watches()
         self.seconds: float | None = None
         self._choice: Choice | None = None
 
@@ -105,21 +122,42 @@ class Refresher:
         Raises:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
-        if self._next(step - 1) == step and self._plan.method.refreshes:
+        if self._is_due(step):
             self._check_numbers()
+            self._check_watches(step)
 
     def after_step(self, step: int) -> bool:
         """
         Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead. Says whether
         layers got other weights.
         """
-        changed = self._next(step - 1) == step and self.refresh(step)
+        changed = self._is_due(step) and self.refresh(step)
         if step == self.exploration_end:
             self.end_exploration()
             changed = True
-        if self.config.refresh_lag and self._next(step) == step + self.config.refresh_lag:
-            self._choose_ahead(self._next(step))
+        coming = self._next(step)
+        if self.config.refresh_lag and coming == step + self.config.refresh_lag and self._is_due(coming):
+            self._choose_ahead(coming)
         return changed
+
+    def expect(self, step: int | None):
+        """
+        Before the passes of optimizer step `step`: has the layers keep what the refresh after it will need of them,
+        and no longer what an earlier one needed. `None`: there will be no step.
+        """
+        due = step is not None and self._is_due(step)
+        for name, watch in self._watches.items():
+            watch.forget()
+            self.layers[name].gradient_watch = watch if due and self.layers[name].values.requires_grad else None
+
+    def before_refresh(self, step: int):
+        """
+        Before a refresh that is not due.
+
+        Raises:
+            ValueError: if the method needs gradients, which only a step that ends in a refresh has.
+        """
+        self._check_watches(step)
 
     def refresh(self, step: int) -> bool:
         """
@@ -133,20 +171,21 @@ class Refresher:
         self._check_numbers()
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
-        members = left = 0
+        members, left = {}, {}
         for name, layer, theta in self._thetas():
             was_active = layer.pattern.active_mask()
             if chosen is None:
-                active, backward = self._plan.choose(name, theta, sizes[name])
+                present = self._present(step, layer, self._gradients_of(name))
+                active, backward = self._plan.choose(name, theta, sizes[name], present)
             else:
                 active, backward = unpacked(chosen.pop(name), layer)
             self._reassign(name, active, backward, theta)
-            members += int(was_active.sum())
-            left += int((was_active & ~active).sum())
+            members[name], left[name] = int(was_active.sum()), int((was_active & ~active).sum())
         self.check_agreement()
         if self._ddp is not None and stored != self._stored():
             rebuild_buckets(self._ddp)
-        self.mask_churn = left / members
+        self.layer_churn = {name: left[name] / count for name, count in members.items()}
+        self.mask_churn = sum(left.values()) / sum(members.values())
         self.seconds = time.perf_counter() - start
         return True
 
@@ -217,14 +256,58 @@ class Refresher:
         """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
+    def _is_due(self, step: int) -> bool:
+        """Whether step `step` ends in a refresh."""
+        method, end = self._plan.method, self._last_exchange
+        if not method.refreshes or self._next(step - 1) != step:
+            return False
+        resizes = self._density_window is not None and step <= self._density_window[1]
+        return end is None or step <= end or resizes
+
+    def _present(self, step: int, layer: TopKastLayer | Moment, gradients: Any = None) -> Present:
+        drop = drop_share_at(step, self.config, self._last_exchange)
+        return Present(step, layer.pattern.active_mask(), layer.pattern.backward_mask(), drop, gradients)
+
+    def _make_watches(self) -> dict[str, GradientWatch]:
+        if self._plan.method.gradient != "dense":
+            return {}
+        return {name: GradientWatch(layer, self._group) for name, layer in self.layers.items()}
+
+    def _gradients_of(self, name: str) -> Any:
+        """The gradients of a layer's parts, where the method needs them."""
+        if self._plan.method.gradient is None:
+            return None
+        return partial(PartGradients, self.layers[name], self._watches.get(name))
+
+    def _check_watches(self, step: int):
+        """Whether the passes of this step went through the layers, before anything changes."""
+        unseen = [name for name in self._moving() if name in self._watches and not self._watches[name].passes()]
+        if unseen and self._watches:
+            raise ValueError(
+                f"method={self.config.method!r} needs the gradients of step {step}, and layer '{unseen[0]}' has none "
+                f"({len(unseen)} such layers): no backward pass went through its forward since the last step. If the "
+                "model multiplies by its weight itself or leaves it out, name it in exclude_modules; or use a method "
+                "that needs no gradient (topkast, set)."
+            )
+
+    def _check_reservoirs(self):
+        """Whether the layers store outside B what the method gives new weights."""
+        for name, layer in self.layers.items():
+            if (layer.reservoir_device != NOWHERE) != self._plan.method.keeps_values:
+                kept = "keeps" if layer.reservoir_device != NOWHERE else "does not keep"
+                raise ValueError(
+                    f"Layer '{name}' was made sparse by a method that {kept} the weights outside B, which does not go "
+                    f"with method={self.config.method!r}. Densify the model and sparsify it anew with that method."
+                )
+
     def _next(self, step: int) -> int:
         return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])
 
     def _choose_ahead(self, step: int):
         """Has a thread choose the sets of the refresh at `step` from the present weights."""
-        if self._plan.method.refreshes:
-            self._check_numbers()
-            self._choice = choose_ahead(self._key(step), self._moving(), self._plan, partial(self._sizes, step))
+        self._check_numbers()
+        functions = partial(self._sizes, step), partial(self._present, step)
+        self._choice = choose_ahead(self._key(step), self._moving(), self._plan, *functions)
 
     def _take_choice(self, step: int) -> dict[str, Tensor] | None:
         """What was chosen ahead for this step under these settings, once."""
@@ -285,4 +368,4 @@ class Refresher:
         layer = self.layers[name]
         former = layer.values.numel()
         sources = layer.reassign(active, backward, theta)
-        carry_state(self.optimizer, layer.values, sources, former, self.config.new_state)
+        carry_state(self.optimizer, layer.values, sources, former, self.config.new_state, self.config.lr_scale)

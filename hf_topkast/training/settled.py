@@ -24,7 +24,10 @@ class Settled:
         self._settings = copy.deepcopy(self._now())
 
     def _now(self) -> dict[str, Any]:
-        return {spec.name: getattr(self._config, spec.name) for spec in fields(self._config) if spec.name not in LIVE}
+        names = [spec.name for spec in fields(self._config) if spec.name not in LIVE]
+        if self._config.new_state == "fresh":  # which needs an optimizer that can do it, and counts from the start
+            names.append("new_state")
+        return {name: getattr(self._config, name) for name in names}
 
     def check(self):
         """
@@ -33,8 +36,10 @@ class Settled:
         """
         now = self._now()
         if now != self._settings:
-            name = next(name for name in now if now[name] != self._settings[name])
+            names = [*now, *self._settings]
+            name = next(name for name in names if now.get(name) != self._settings.get(name))
+            former = self._settings.get(name, "another value")
             raise ValueError(
-                f"{name}={now[name]!r} was set after the TopKastController was made, which works with "
-                f"{self._settings[name]!r}. Set it back; or remove() the controller and make a new one."
+                f"{name}={getattr(self._config, name)!r} was set after the TopKastController was made, which works "
+                f"with {former!r}. Set it back; or remove() the controller and make a new one."
             )

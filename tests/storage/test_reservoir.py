@@ -20,7 +20,7 @@ def test_theta_comes_back_bit_by_bit(shape, seed):
     theta, draw = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
     active, backward = draw < 0.2, draw < 0.5
     pattern = Pattern.from_masks(active, backward)
-    values, reservoir = theta.flatten()[pattern.flat_index()], take_reservoir(theta, backward)
+    values, reservoir = theta.flatten()[pattern.flat_index()], take_reservoir(theta, backward, "same")
     assert values.numel() + reservoir.numel() == theta.numel()
     assert torch.equal(assemble_theta(values, pattern, reservoir), theta)
 

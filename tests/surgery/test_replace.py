@@ -8,7 +8,7 @@ from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, densify, sparsify
 from hf_topkast.layers.linear import TopKastConv1D, TopKastLinear
-from hf_topkast.sets.methods import METHODS, Method
+from hf_topkast.method import METHODS, Method
 from hf_topkast.sets.methods.topkast import choose
 from hf_topkast.surgery import sparse_info, sparse_layers
 

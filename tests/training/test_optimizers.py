@@ -48,13 +48,13 @@ def test_unknown_state_is_refused_by_name(module, name):
     values = nn.Parameter(torch.zeros(3))
     message = f"{name} \\({module}.*cannot train sparse layers.*AdamW.*Lion.*register_optimizer\\({name}, fresh"
     with pytest.raises(ValueError, match=message):
-        check_optimizer(kind([values], {"lr": 0.1}), {"fc": values}, "coupled")
+        check_optimizer(kind([values], {"lr": 0.1}), {"fc": values}, TopKastConfig())
 
 
 def test_lbfgs_is_refused():
     values = nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="LBFGS"):
-        check_optimizer(torch.optim.LBFGS([values]), {"fc": values}, "coupled")
+        check_optimizer(torch.optim.LBFGS([values]), {"fc": values}, TopKastConfig())
 
 
 def test_schedule_free_around_another_optimizer_is_refused():
@@ -68,7 +68,7 @@ def test_steps_inside_the_backward_pass_are_refused():
     values = nn.Parameter(torch.zeros(3))
     optimizer = pytest.importorskip("optimi").AdamW([values], lr=0.1, gradient_release=True)
     with pytest.raises(ValueError, match="AdamW with gradient_release=True.*Set gradient_release=False"):
-        check_optimizer(optimizer, {"fc": values}, "coupled")
+        check_optimizer(optimizer, {"fc": values}, TopKastConfig())
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,16 @@ def test_values_that_state_mirrors_are_the_optimizers_alone(settings, message):
 def test_supported(kind):
     values = nn.Parameter(torch.zeros(3))
     optimizer = getattr(torch.optim, kind)([values], lr=0.1)
-    check_optimizer(optimizer, {"fc": values}, "decoupled")
+    check_optimizer(optimizer, {"fc": values}, TopKastConfig(penalty_mode="decoupled"))
     assert optimizer.param_groups[0]["params"] == [values]
 
 
 def test_decoupled_penalty_needs_a_learning_rate():
     values = nn.Parameter(torch.zeros(3))
     optimizer = Adafactor([values], lr=None)
-    check_optimizer(optimizer, {"fc": values}, "coupled")
+    check_optimizer(optimizer, {"fc": values}, TopKastConfig())
     with pytest.raises(ValueError, match="penalty_mode='decoupled'.*Adafactor has none"):
-        check_optimizer(optimizer, {"fc": values}, "decoupled")
+        check_optimizer(optimizer, {"fc": values}, TopKastConfig(penalty_mode="decoupled"))
 
 
 def test_state_of_other_weights_is_refused_by_layer():
@@ -121,7 +121,7 @@ def test_state_of_other_weights_is_refused_by_layer():
     optimizer = torch.optim.Adam([values])
     optimizer.state[values] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"Layer 'fc': Adam keeps a state 'exp_avg' of shape \(2,\).*\(3,\)"):
-        check_optimizer(optimizer, {"fc": values}, "coupled")
+        check_optimizer(optimizer, {"fc": values}, TopKastConfig())
 
 
 def test_a_collection_as_state_is_refused_by_layer():
@@ -129,7 +129,7 @@ def test_a_collection_as_state_is_refused_by_layer():
     optimizer = torch.optim.Adam([values])
     optimizer.state[values] = {"history": [torch.zeros(3)]}
     with pytest.raises(ValueError, match="Layer 'fc': Adam keeps a list as state 'history'"):
-        check_optimizer(optimizer, {"fc": values}, "coupled")
+        check_optimizer(optimizer, {"fc": values}, TopKastConfig())
 
 
 def test_a_registered_state_that_is_not_there_is_an_error(monkeypatch):
@@ -138,7 +138,7 @@ def test_a_registered_state_that_is_not_there_is_an_error(monkeypatch):
     register_optimizer(kind, fresh={"exp_avgs": 1.0})
     values = nn.Parameter(torch.zeros(3))
     optimizer = kind([values])
-    check_optimizer(optimizer, {"fc": values}, "coupled")  # no step has been taken, so there is no state yet
+    check_optimizer(optimizer, {"fc": values}, TopKastConfig())  # no step has been taken, so there is no state yet
     values.grad = torch.ones(3)
     optimizer.step()
     with pytest.raises(ValueError, match="Layer 'fc': Mine keeps no state 'exp_avgs'.*it keeps 'step', 'exp_avg', "):
@@ -148,7 +148,7 @@ def test_a_registered_state_that_is_not_there_is_an_error(monkeypatch):
 def test_values_outside_the_optimizer_are_refused_by_layer():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
     with pytest.raises(ValueError, match="values of layer 'h.0.c_fc'.*after sparsify"):
-        check_optimizer(optimizer, {"h.0.c_fc": nn.Parameter(torch.zeros(3))}, "coupled")
+        check_optimizer(optimizer, {"h.0.c_fc": nn.Parameter(torch.zeros(3))}, TopKastConfig())
 
 
 def test_unwrap():

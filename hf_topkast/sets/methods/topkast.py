@@ -2,22 +2,23 @@
 
 from torch import Tensor
 
+from ...method import LayerView, Method
 from ..selection import spread_mask, top_mask
 
 
-def choose(theta: Tensor, size: int, backward_size: int) -> tuple[Tensor, Tensor]:
-    """A: the `size` largest of `theta` by magnitude. B: the `backward_size` largest. Ties go to the lower index."""
-    magnitude = theta.abs()
-    return top_mask(magnitude, size), top_mask(magnitude, backward_size)
-
-
-def choose_of_pruned(theta: Tensor, size: int, backward_size: int) -> tuple[Tensor, Tensor]:
+def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     """
-    The same for a model that was pruned before, except for the weights of B that are exactly zero: they come evenly
-    from all over the layer. By the lower index they would all be in the first rows, and the others could never grow.
+    A: the `size` largest weights by magnitude. B: the `backward_size` largest. Ties go to the lower index.
+
+    Except in a model that was pruned before, for the weights of B that are exactly zero: they come evenly from all
+    over the layer. By the lower index they would all be in the first rows, and the others could never grow.
     """
-    active, backward = choose(theta, size, backward_size)
-    if backward_size <= max(size, int(theta.count_nonzero())):
+    magnitude = view.theta.abs()
+    active, backward = top_mask(magnitude, view.size), top_mask(magnitude, view.backward_size)
+    if not view.pruned or view.backward_size <= max(view.size, int(view.theta.count_nonzero())):
         return active, backward
-    backward = active | (theta != 0)
-    return active, backward | spread_mask(~backward, backward_size - int(backward.sum()))
+    backward = active | (view.theta != 0)
+    return active, backward | spread_mask(~backward, view.backward_size - int(backward.sum()))
+
+
+METHOD = Method(choose, explores=True, backward_ratio=2.0)

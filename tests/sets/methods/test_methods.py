@@ -1,6 +1,6 @@
 import pytest
 
-from hf_topkast.sets.methods import METHODS, get_method
+from hf_topkast.method import METHODS, get_method
 
 
 def test_unknown_method_is_refused():
@@ -9,5 +9,5 @@ def test_unknown_method_is_refused():
         get_method("lottery")
 
 
-def test_only_static_never_chooses_again():
-    assert [name for name, method in METHODS.items() if not method.refreshes] == ["static"]
+def test_only_static_methods_never_choose_again():
+    assert [name for name, method in METHODS.items() if not method.refreshes] == ["static", "static_random"]

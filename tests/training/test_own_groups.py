@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_topkast.training.weight_decay import WithoutDecay
+from hf_topkast.training.own_groups import OwnGroups
 
 
 def make(decays=(0.1,), kind=torch.optim.SGD):
@@ -21,7 +21,7 @@ def make(decays=(0.1,), kind=torch.optim.SGD):
 def test_only_the_others_decay(kind):
     optimizer, parameters = make((0.1, 0.0, 0.2), kind)
     own, before = list(optimizer.param_groups), copy.deepcopy(optimizer.state_dict()["param_groups"])
-    decay = WithoutDecay(optimizer, parameters[::2][:3])
+    decay = OwnGroups(optimizer, parameters[::2][:3])
     for _ in range(2):
         decay.begin()
         optimizer.step()
@@ -34,7 +34,7 @@ def test_only_the_others_decay(kind):
 
 def test_a_group_of_theirs_alone():
     optimizer, parameters = make()
-    decay = WithoutDecay(optimizer, parameters[:2])
+    decay = OwnGroups(optimizer, parameters[:2])
     decay.begin()
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
     optimizer.step()
@@ -45,7 +45,7 @@ def test_a_group_of_theirs_alone():
 def test_nothing_changes_hands_where_nothing_decays():
     optimizer, parameters = make((0.0,))
     own = optimizer.param_groups
-    decay = WithoutDecay(optimizer, parameters[:1])
+    decay = OwnGroups(optimizer, parameters[:1])
     decay.begin()
     assert optimizer.param_groups is own
     decay.end()
@@ -54,7 +54,7 @@ def test_nothing_changes_hands_where_nothing_decays():
 def test_schedulers_and_notes_of_the_optimizer():
     optimizer, parameters = make((0.1, 0.2))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step] * 3)
-    decay = WithoutDecay(optimizer, [parameters[0], parameters[2]])
+    decay = OwnGroups(optimizer, [parameters[0], parameters[2]])
     for group in optimizer.param_groups:
         group["step"] = torch.tensor(0)
     for count in (1, 2):
@@ -74,7 +74,7 @@ def test_schedulers_and_notes_of_the_optimizer():
 def test_an_error_in_a_step_leaves_nothing_behind():
     optimizer, parameters = make()
     own = optimizer.param_groups
-    decay = WithoutDecay(optimizer, parameters[:1])
+    decay = OwnGroups(optimizer, parameters[:1])
     decay.begin()  # and no end
     decay.begin()
     assert len(optimizer.param_groups) == 3 and optimizer.param_groups[1] is own[1]  # places of groups hold
@@ -85,7 +85,7 @@ def test_an_error_in_a_step_leaves_nothing_behind():
 
 def test_a_copy_works_on_its_own_parameters():
     optimizer, parameters = make()
-    decay = WithoutDecay(optimizer, parameters[:1])
+    decay = OwnGroups(optimizer, parameters[:1])
     optimizer, parameters, decay = copy.deepcopy((optimizer, parameters, decay))
     for parameter in parameters:
         parameter.grad = torch.zeros(3)

@@ -1,0 +1,15 @@
+"""`topkast_random`: Top-KAST with B\\A at random, the ablation of Jayakumar et al. 2020, §4.1 and table 3."""
+
+from torch import Tensor
+
+from ...method import LayerView, Method
+from ..selection import random_mask, top_mask
+
+
+def choose(view: LayerView) -> tuple[Tensor, Tensor]:
+    """A: the largest weights by magnitude. B\\A: drawn uniformly from all others, anew at each refresh."""
+    active = top_mask(view.theta.abs(), view.size)
+    return active, active | random_mask(~active, view.backward_size - view.size, view.generator)
+
+
+METHOD = Method(choose, explores=True, backward_ratio=2.0)

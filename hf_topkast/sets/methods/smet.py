@@ -1,0 +1,24 @@
+"""
+SMET (arXiv 2606.00888): SET with an optimizer state that starts anew with each weight.
+
+Settings: theirs, 20% of A every 100 steps, by a cosine to 0.5% at the end of training; step counts of Adam from each
+weight's own entry, and 100 steps of warm-up. They also take a learning rate in proportion to 1 / density, which is
+`lr_scale` here.
+"""
+
+from ...method import Method
+from .set_ import choose
+
+
+METHOD = Method(
+    choose,
+    keeps_values=False,
+    defaults={
+        "drop_share": 0.2,
+        "drop_end": 0.005,
+        "drop_decay": "cosine",
+        "update_until": 1.0,
+        "new_state": "fresh",
+        "new_state_warmup": 100,
+    },
+)

@@ -1,0 +1,160 @@
+"""
+Gradients of weights that have none: dYᵀX at places outside B, for methods that grow weights by it. Never whole.
+
+The gradient of a step is a sum over its micro-batches and ranks, so the largest of it can only be told at the end.
+Until then each layer keeps its inputs and output gradients; then dYᵀX is made some rows at a time, added up over the
+ranks, and of the rows before only the largest so far are kept (RigL, arXiv 1911.11134, appendix C).
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..layers import TopKastLayer
+from ..ops import implementation
+from ..sets.fused import Rows
+from ..sets.selection import block_norms, top_mask
+from ..storage import Pattern, full, spread_blocks, world_size
+
+
+# Share of a layer whose gradient exists at once, or so many numbers where that is more.
+CHUNK, MIN_CHUNK_ELEMENTS = 1 / 64, 2**16
+# Up to this share of the layer, places are looked up one by one, which costs in proportion to them.
+SAMPLED = 1 / 4
+
+
+class GradientWatch:
+    """
+    Keeps what the dense gradient of one layer is made of, while it is the layer's `gradient_watch`.
+
+    Args:
+        layer ([`TopKastLayer`]): the layer.
+        group (`ProcessGroup`, *optional*): the ranks that train the model. `None`: all.
+    """
+
+    def __init__(self, layer: TopKastLayer, group: dist.ProcessGroup | None = None):
+        self.layer, self.group = layer, group
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # (tokens, in) and (tokens, out), of each pass
+
+    def __getstate__(self):  # a copy has seen nothing, and groups of ranks cannot be copied
+        return {**self.__dict__, "_pairs": [], "group": None}
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, y: Tensor):
+        """Notes a pass forward; the pass backward brings the gradient of `y`."""
+        if y.requires_grad:
+            y.register_hook(partial(self._keep, x.detach()))
+
+    def _keep(self, x: Tensor, dy: Tensor):
+        dy = dy.detach().reshape(-1, dy.shape[-1])
+        if bool(dy.isfinite().all()):  # else a gradient scaler will skip the step
+            self._pairs.append((x.reshape(-1, x.shape[-1]).to(dy.dtype), dy))
+
+    def forget(self):
+        """Gives the memory back."""
+        self._pairs = []
+
+    def passes(self) -> int:
+        """How many passes there were, on all ranks; every rank has to call."""
+        count = torch.tensor(len(self._pairs), device=self.layer.values.device)
+        return int(self._over_ranks(count))
+
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        """Rows of the dense gradient, summed: (rows, in), float32 or wider."""
+        dtype = torch.promote_types(self.layer.values.dtype, torch.float32)
+        out_features, in_features = self.layer.shape
+        count = len(range(out_features)[rows]) if isinstance(rows, slice) else len(rows)
+        total = torch.zeros(count, in_features, dtype=dtype, device=self.layer.values.device)
+        for x, dy in self._pairs:
+            if x.dtype == dtype:
+                total.addmm_(dy[:, rows].mT, x)
+            else:
+                total += dy[:, rows].mT @ x
+        return self._over_ranks(total)
+
+    def at(self, pattern: Pattern) -> Tensor:
+        """The dense gradient at the places of a pattern, in the order of its slots: (stored,), float32 or wider."""
+        dtype = torch.promote_types(self.layer.values.dtype, torch.float32)
+        total = torch.zeros(pattern.stored, dtype=dtype, device=self.layer.values.device)
+        for x, dy in self._pairs:
+            total += implementation(self.layer.backend, "grad_values", x, pattern).grad_values(dy, x, pattern)
+        return self._over_ranks(total)
+
+    def _over_ranks(self, numbers: Tensor) -> Tensor:
+        if world_size(self.group) > 1:
+            dist.all_reduce(numbers, group=self.group)
+        return numbers
+
+
+class PartGradients:
+    """
+    The gradients of a step that a method may ask for, of one part of a layer; see [`Gradients`].
+
+    Args:
+        layer ([`TopKastLayer`]): the layer.
+        watch ([`GradientWatch`], *optional*): what its dense gradient is made of, for methods that need it.
+        rows (`slice` or `torch.Tensor`): the rows of blocks that the part has.
+    """
+
+    def __init__(self, layer: TopKastLayer, watch: GradientWatch | None, rows: Rows):
+        self._layer, self._watch, self._rows = layer, watch, rows
+        self._height, self._width = layer.block_size
+
+    def largest(self, count: int, among: Tensor) -> Tensor:
+        """The places of the `count` largest gradients, or norms of blocks of them; as [`Gradients`] says."""
+        mask = torch.zeros_like(among)
+        if count > 0:
+            few = int(among.sum()) <= SAMPLED * among.numel()
+            scores, places = self._one_by_one(among) if few else self._row_by_row(count, among)
+            mask.view(-1)[places[top_mask(scores, count)]] = True
+        return mask
+
+    def of_active(self) -> Tensor:
+        """|g| on A, or its norms in blocks, zero elsewhere; as [`Gradients`] says."""
+        layer, pattern = self._layer, self._layer.pattern
+        dense = torch.zeros(layer.numel, dtype=layer.values.dtype, device=layer.values.device)
+        if layer.values.grad is not None:
+            dense[pattern.flat_index()[: pattern.active]] = full(layer.values.grad)[: pattern.active]
+        return self._norms(dense.view(layer.shape))[self._rows]
+
+    def _row_by_row(self, count: int, among: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest scores and their flat indices, ascending, from some rows of the gradient at a time."""
+        columns, in_features = among.shape[1], self._layer.shape[1]
+        chunk = max(MIN_CHUNK_ELEMENTS, int(self._layer.numel * CHUNK))
+        step = max(1, chunk // (in_features * self._height))
+        best, places = None, torch.empty(0, dtype=torch.int64, device=among.device)
+        for first in range(0, len(among), step):
+            found = among[first : first + step].flatten().nonzero().squeeze(1)
+            scores = self._norms(self._watch.rows(self._weight_rows(first, min(first + step, len(among)))))
+            scores = scores.flatten()[found]
+            best = scores if best is None else torch.cat([best, scores])
+            places = torch.cat([places, found + first * columns])
+            if len(best) > count:
+                largest = top_mask(best, count)
+                best, places = best[largest], places[largest]
+        return best, places
+
+    def _one_by_one(self, among: Tensor) -> tuple[Tensor, Tensor]:
+        """All scores of the places in `among`, and their flat indices, ascending."""
+        out_features, in_features = self._layer.shape
+        whole = among.new_zeros(out_features // self._height, in_features // self._width)
+        whole[self._rows] = among
+        mask = spread_blocks(whole, (self._height, self._width))
+        gradient = self._watch.at(Pattern.from_masks(mask, mask, (self._height, self._width)))
+        scores = gradient.view(-1, self._height * self._width).double().square().sum(1).sqrt()
+        return scores, among.flatten().nonzero().squeeze(1)  # rows of a part ascend, so both have one order
+
+    def _norms(self, gradient: Tensor) -> Tensor:
+        if (self._height, self._width) == (1, 1):
+            return gradient.abs_()
+        return block_norms(gradient, (self._height, self._width))
+
+    def _weight_rows(self, first: int, last: int) -> slice | Tensor:
+        """The rows of weights of some of the part's rows of blocks."""
+        if isinstance(self._rows, slice):
+            begin = range(self._layer.shape[0] // self._height)[self._rows].start
+            return slice((begin + first) * self._height, (begin + last) * self._height)
+        inside = torch.arange(self._height, device=self._rows.device)
+        return (self._rows[first:last, None] * self._height + inside).flatten().to(self._layer.values.device)
