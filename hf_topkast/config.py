@@ -1,23 +1,20 @@
 """What a user may set: one validated dataclass, for `HfArgumentParser`, JSON and the state file alike."""
 
 import copy
-import json
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checks import GuardedSettings, check, check_regex, number, parsed, plain, whole
-from .method import Method, get_method
+from .checks import GuardedSettings, plain
+from .config_checks import SCHEDULE, check_density, check_fields
+from .method import get_method
 
 
 QUANT_METHOD = "topkast"
 # What fields are that were not given, where the method says nothing else.
 DEFAULTS = {"refresh_every": 100, "penalty": 1e-4, "new_state": "zero", "new_state_warmup": 0}
-SCHEDULE_DEFAULTS = {"density_schedule": "cubic", "schedule_begin": 0.0, "schedule_end": 0.5}
-# What only some methods take: those that name a default for it.
-EXCHANGE = ("drop_share", "drop_end", "drop_decay", "update_until")
+SCHEDULE_DEFAULTS = dict(zip(SCHEDULE, ("cubic", 0.0, 0.5)))
 
 
 @dataclass
@@ -226,152 +223,14 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
     def __post_init__(self):
         for spec in fields(self):
             setattr(self, spec.name, plain(getattr(self, spec.name)))
-        get_method(self.method)
-        self._check_densities()
+        check_density(self)
+        if self.backward_density is None:
+            self.backward_density = self._default_backward()
         for name, default in self._defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        allowed = "a whole number of optimizer steps, at least 1"
-        check(whole(self.refresh_every) >= 1, "refresh_every", self.refresh_every, allowed)
-        allowed = f"a whole number of optimizer steps, at least 0 and less than refresh_every={self.refresh_every}"
-        check(0 <= whole(self.refresh_lag) < self.refresh_every, "refresh_lag", self.refresh_lag, allowed)
-        self._check_moment("explore_until")
-        self._check_schedule()
-        self._check_overrides()
-        for name in ("penalty", "exploration_lr_scale"):
-            value = getattr(self, name)
-            check(0 <= number(value) < math.inf, name, value, "a finite number, at least 0")
-        check(0 < number(self.lr_scale) < math.inf, "lr_scale", self.lr_scale, "a finite number above 0")
-        alpha = self.powerprop_alpha
-        check(1 <= number(alpha) < math.inf, "powerprop_alpha", alpha, "a finite number, at least 1")
-        check(whole(self.seed) >= 0, "seed", self.seed, "a whole number, at least 0")
-        for spec in fields(self):
-            choices = spec.metadata.get("choices")
-            value = getattr(self, spec.name)
-            if choices and (value is not None or spec.default is not None):
-                check(value in choices, spec.name, value, "one of " + ", ".join(map(repr, choices)))
-        self._check_new_state()
-        self._check_method(self._method)
-        self._check_block_size()
-        for name in ("target_modules", "exclude_modules"):
-            self._check_module_rule(name)
-        check(isinstance(self.split_fused, bool), "split_fused", self.split_fused, "True or False")
+        check_fields(self)
         self.guard()
-
-    def _check_densities(self):
-        if isinstance(self.density, str) and self.density != "nonzero":
-            self.density = parsed(self.density, float)  # from the command line
-        if self.density == "nonzero":
-            least = 0
-            allowed = "'uniform' with density='nonzero': the zeros say how dense each layer is"
-            check(self.distribution == "uniform", "distribution", self.distribution, allowed)
-        else:
-            check(0 < number(self.density) <= 1, "density", self.density, "a number in (0, 1], or 'nonzero'")
-            least = self.density
-            if self.backward_density is None:
-                self.backward_density = self._default_backward()
-        if self.backward_density is not None:
-            allowed = f"a number in [density, 1] = [{least}, 1]: B contains A"
-            check(least <= number(self.backward_density) <= 1, "backward_density", self.backward_density, allowed)
-
-    def _check_moment(self, name: str):
-        value = getattr(self, name)
-        if value is not None:
-            allowed = "a fraction of training in [0, 1], a step (a whole number above 1), or None"
-            check(0 <= number(value) <= 1 or whole(value) > 1, name, value, allowed)
-
-    def _check_new_state(self):
-        steps = self.new_state_warmup
-        check(whole(steps) >= 0, "new_state_warmup", steps, "a whole number of optimizer steps, at least 0")
-        allowed = "left out unless new_state='fresh': only then a weight has an age"
-        check(steps == 0 or self.new_state == "fresh", "new_state_warmup", steps, allowed)
-
-    def _check_method(self, method: Method):
-        """Whether the method takes what was given: a field that it would pass over is an error."""
-        for name in EXCHANGE:
-            value = getattr(self, name)
-            allowed = f"left out with method={self.method!r}, which does not exchange a share of A"
-            check(value is None or name in method.defaults, name, value, allowed)
-        if self.drop_share is not None:
-            check(0 <= number(self.drop_share) <= 1, "drop_share", self.drop_share, "a number in [0, 1]")
-            allowed = f"a number in [0, drop_share] = [0, {self.drop_share}]"
-            check(0 <= number(self.drop_end or 0) <= self.drop_share, "drop_end", self.drop_end, allowed)
-            allowed = "'uniform' or 'erdos_renyi' with a method that exchanges weights: a layer keeps its size"
-            check(self.distribution != "global", "distribution", self.distribution, allowed)
-        self._check_moment("update_until")
-        if not method.explores:
-            for name, idle in (("explore_until", None), ("exploration_lr_scale", 1)):
-                value = getattr(self, name)
-                check(value == idle, name, value, f"left out with method={self.method!r}, whose B is A")
-            allowed = f"left out, or equal to density, with method={self.method!r}, whose B is A"
-            alike = self.density == "nonzero" and self.backward_density is None
-            check(alike or self.backward_density == self.density, "backward_density", self.backward_density, allowed)
-        if not method.keeps_values:
-            allowed = f"'same' with method={self.method!r}, which stores nothing outside B"
-            check(self.reservoir_device == "same", "reservoir_device", self.reservoir_device, allowed)
-            allowed = (
-                f"1 with method={self.method!r}, whose new weights are zero: there θ has no slope, and never moves"
-            )
-            check(self.powerprop_alpha == 1 or not method.grows, "powerprop_alpha", self.powerprop_alpha, allowed)
-        if method.gradient is not None:
-            allowed = f"0 with method={self.method!r}, which needs the gradients of the very step"
-            check(self.refresh_lag == 0, "refresh_lag", self.refresh_lag, allowed)
-
-    def _check_schedule(self):
-        if self.initial_density is None:
-            for name in SCHEDULE_DEFAULTS:
-                value = getattr(self, name)
-                check(value is None, name, value, "left out where initial_density is not given: no density changes")
-            return
-        check(0 < number(self.initial_density) <= 1, "initial_density", self.initial_density, "a number in (0, 1]")
-        fixed = [("density='nonzero'", self.density == "nonzero")]
-        fixed.append((f"method={self.method!r}", not self._method.refreshes))
-        for setting, keeps_sizes in fixed:
-            allowed = f"left out with {setting}: the sets keep their sizes"
-            check(not keeps_sizes, "initial_density", self.initial_density, allowed)
-        allowed = f"at least density={self.density} with method={self.method!r}: what is pruned stays out"
-        falls = self._method.grows or self.initial_density >= self.density
-        check(falls, "initial_density", self.initial_density, allowed)
-        for name in ("schedule_begin", "schedule_end"):
-            self._check_moment(name)
-        if (self.schedule_begin > 1) == (self.schedule_end > 1):  # else only the number of steps can tell
-            allowed = f"below schedule_end={self.schedule_end!r}"
-            check(self.schedule_begin < self.schedule_end, "schedule_begin", self.schedule_begin, allowed)
-
-    def _check_overrides(self):
-        if isinstance(self.density_overrides, str):
-            self.density_overrides = parsed(self.density_overrides, json.loads)
-        overrides = self.density_overrides
-        if overrides is None:
-            return
-        allowed = "a mapping of regular expressions to densities in (0, 1]"
-        valid = isinstance(overrides, dict) and all(
-            isinstance(key, str) and 0 < number(value) <= 1 for key, value in overrides.items()
-        )
-        check(valid, "density_overrides", overrides, allowed)
-        for pattern in overrides:
-            check_regex("density_overrides", pattern)
-        allowed = "left out with density='nonzero': the zeros say how dense each layer is"
-        check(self.density != "nonzero", "density_overrides", overrides, allowed)
-
-    def _check_block_size(self):
-        size = [1] if self.block_size is None else self.block_size
-        size = list(size) if isinstance(size, list | tuple) else [size]
-        valid = len(size) in (1, 2) and all(whole(side) >= 1 for side in size)
-        allowed = "one or two whole numbers, at least 1: the rows and columns of a block"
-        check(valid, "block_size", self.block_size, allowed)
-        self.block_size = [int(size[0]), int(size[-1])]
-
-    def _check_module_rule(self, name: str):
-        rule = getattr(self, name)
-        if isinstance(rule, str):
-            check_regex(name, rule)
-        elif rule is not None:
-            names = isinstance(rule, list | tuple | set) and all(isinstance(entry, str) for entry in rule)
-            check(names, name, rule, "a list of module names, one regular expression, or None")
-            rule = sorted(rule) if isinstance(rule, set) else list(rule)
-            # The command line gives lists only, so the one keyword arrives as a list of one.
-            setattr(self, name, "all-linear" if rule == ["all-linear"] else rule)
 
     def derived(self) -> set[str]:
         """The fields that are what they would be if they had not been given."""
@@ -380,18 +239,15 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
 
     def _defaults(self) -> dict[str, Any]:
         """What fields are that were not given, as the method has it."""
-        own = {name: value(self) if callable(value) else value for name, value in self._method.defaults.items()}
+        method = get_method(self.method)
+        own = {name: value(self) if callable(value) else value for name, value in method.defaults.items()}
         scheduled = (self.initial_density or own.get("initial_density")) is not None
         return {**DEFAULTS, **(SCHEDULE_DEFAULTS if scheduled else {}), **own}
-
-    @property
-    def _method(self) -> Method:
-        return get_method(self.method)
 
     def _default_backward(self) -> float | None:
         if self.density == "nonzero":
             return None
-        return min(1.0, self._method.backward_ratio * self.density)
+        return min(1.0, get_method(self.method).backward_ratio * self.density)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types, with `quant_method`, as the state file stores them."""
