@@ -50,7 +50,7 @@ class GradientWatch:
     def _keep(self, x: Tensor, dy: Tensor):
         dy = dy.detach().reshape(-1, dy.shape[-1])
         if bool(dy.isfinite().all()):  # else a gradient scaler will skip the step
-            self._pairs.append((x.reshape(-1, x.shape[-1]).to(dy.dtype), dy))
+            self._pairs.append((x.reshape(-1, x.shape[-1]), dy))
 
     def forget(self):
         """Gives the memory back."""
@@ -68,6 +68,7 @@ class GradientWatch:
         count = len(range(out_features)[rows]) if isinstance(rows, slice) else len(rows)
         total = torch.zeros(count, in_features, dtype=dtype, device=self.layer.values.device)
         for x, dy in self._pairs:
+            x = x.to(dy.dtype)  # as autocast has it; layers that share an input keep one tensor
             if x.dtype == dtype:
                 total.addmm_(dy[:, rows].mT, x)
             else:
@@ -79,6 +80,7 @@ class GradientWatch:
         dtype = torch.promote_types(self.layer.values.dtype, torch.float32)
         total = torch.zeros(pattern.stored, dtype=dtype, device=self.layer.values.device)
         for x, dy in self._pairs:
+            x = x.to(dy.dtype)
             total += implementation(self.layer.backend, "grad_values", x, pattern).grad_values(dy, x, pattern)
         return self._over_ranks(total)
 
