@@ -13,7 +13,13 @@ from .method import get_method
 
 QUANT_METHOD = "topkast"
 # What fields are that were not given, where the method says nothing else.
-DEFAULTS = {"refresh_every": 100, "penalty": 1e-4, "new_state": "zero", "new_state_warmup": 0}
+DEFAULTS = {
+    "refresh_every": 100,
+    "penalty": 1e-4,
+    "new_state": "zero",
+    "new_state_warmup": 0,
+    "score": "magnitude",
+}
 SCHEDULE_DEFAULTS = dict(zip(SCHEDULE, ("cubic", 0.0, 0.5)))
 
 
@@ -83,6 +89,11 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
             Fraction of training (up to 1) or optimizer step (above 1) of the last exchange.
         seed (`int`, *optional*, defaults to 0):
             Seed of random choices. They do not depend on torch's global generator.
+        score (`str`, *optional*, defaults to `"magnitude"`, with calibration to `"activation"`):
+            What ranks weights: `"magnitude"`, |θ|; or `"activation"`, |θ| times the root mean square of the weight's
+            input (Wanda, arXiv 2306.11695), measured by `sparsify(..., calibration=batches)` and then in training.
+        compare (`str`, *optional*, defaults to `"layer"`, with `score="activation"` to `"row"`):
+            Whether the weights of a layer are ranked together, or each row (output) by itself, with equal shares.
         block_size (`int` or `tuple[int, int]`, *optional*, defaults to `(1, 1)`):
             Rows (out) and columns (in) of the blocks that the sets hold as a whole, ranked by their L2 norm; one
             number for squares. They must divide every sparse layer's shape. Densities count blocks then.
@@ -198,6 +209,20 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
         metadata={"help": "Fraction of training (<= 1) or step (> 1) of the last exchange. Default: the method's."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of random choices of A and B."})
+    score: str | None = field(
+        default=None,
+        metadata={
+            "help": "What ranks weights: their magnitude, or also that of their inputs. Default: magnitude.",
+            "choices": ["magnitude", "activation"],
+        },
+    )
+    compare: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a layer's weights are ranked together or row by row. Default: layer; by activation: row.",
+            "choices": ["layer", "row"],
+        },
+    )
     block_size: list[int] | None = field(
         default=None,
         metadata={"help": "Rows and columns of the blocks that the sets hold; one number: squares. Default: 1 1."},
@@ -242,7 +267,8 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
         method = get_method(self.method)
         own = {name: value(self) if callable(value) else value for name, value in method.defaults.items()}
         scheduled = (self.initial_density or own.get("initial_density")) is not None
-        return {**DEFAULTS, **(SCHEDULE_DEFAULTS if scheduled else {}), **own}
+        compare = {"compare": "row" if self.score == "activation" else "layer"}
+        return {**DEFAULTS, **compare, **(SCHEDULE_DEFAULTS if scheduled else {}), **own}
 
     def _default_backward(self) -> float | None:
         if self.density == "nonzero":

@@ -108,6 +108,9 @@ def _check_method(config: "TopKastConfig", method: Method):
         allowed = "'uniform' or 'erdos_renyi' with a method that exchanges weights: a layer keeps its size"
         check(config.distribution != "global", "distribution", config.distribution, allowed)
     _check_moment(config, "update_until")
+    for name, plain in (("score", "magnitude"), ("compare", "layer")):
+        allowed = f"{plain!r} with method={config.method!r}, whose A is not what ranks highest"
+        check(method.ranks or getattr(config, name) == plain, name, getattr(config, name), allowed)
     if not method.explores:
         for name, idle in (("explore_until", None), ("exploration_lr_scale", 1)):
             value = getattr(config, name)

@@ -28,12 +28,14 @@ class LayerView:
     for a block: `theta` has their norms, and sizes count them.
 
     Attributes:
-        theta (`torch.Tensor`): the weights, (rows, columns), finite; with `keeps_values=False` zero outside B.
+        theta (`torch.Tensor`): the weights, (rows, columns), finite; with `score="activation"` times the norms of
+            their inputs; with `keeps_values=False` zero outside B.
         size (`int`): how many places A is to have.
         backward_size (`int`): how many places B is to have.
         active, backward (`torch.Tensor`, *optional*): A and B as they are, bool, (rows, columns). `None` at the first
             choice, when the layer is made sparse.
         drop (`float`): share of A to exchange now, see `drop_share`.
+        by_row (`bool`): whether each row is to have an equal share of A and of B (`compare="row"`).
         pruned (`bool`): whether the zeros of the first weights say how large A is (`density="nonzero"`).
         generator (`torch.Generator`): for random choices, on the CPU; the same on every rank and after resuming,
             another one for every layer, part and step.
@@ -46,6 +48,7 @@ class LayerView:
     active: Tensor | None = None
     backward: Tensor | None = None
     drop: float = 0.0
+    by_row: bool = False
     pruned: bool = False
     generator: torch.Generator = field(default_factory=torch.Generator)
     gradients: Gradients | None = None
@@ -68,6 +71,7 @@ class Method:
             those of weights outside B, for which a step that ends in a refresh keeps the inputs and the output
             gradients of each sparse layer.
         grows (`bool`): whether a weight outside A can come into it.
+        ranks (`bool`): whether A is what ranks highest, so that `score` and `compare` say how.
         defaults (`Mapping`): fields of the configuration that it gives a default of its own, a value or a function of
             the configuration. Of `drop_share`, `drop_end`, `drop_decay` and `update_until` it takes those named here.
         needs (`str`): what it needs beyond |B| numbers, as the report says it.
@@ -80,6 +84,7 @@ class Method:
     keeps_values: bool = True
     gradient: str | None = None
     grows: bool = True
+    ranks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     needs: str = "nothing"
 
@@ -119,7 +124,7 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
         `Callable`: `choose`.
 
     Raises:
-        ValueError: if the name is one of this package's.
+        ValueError: if the name is one of this package's, or `gradient` is none of its values.
         TypeError: if `choose` cannot be called, or a property is not an attribute of [`Method`].
     """
     if choose is None:
@@ -128,6 +133,11 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
         raise ValueError(f"register_method: {name!r} is a method of hf_topkast. Choose another name.")
     if not callable(choose):
         raise TypeError(f"register_method({name!r}) needs a function of a LayerView, got {choose!r}.")
+    if properties.get("gradient") not in (None, "active", "dense"):
+        raise ValueError(
+            f"register_method({name!r}): gradient={properties['gradient']!r} is not allowed: it must be None, "
+            "'active' or 'dense'."
+        )
     METHODS[name] = Method(choose, **properties)
     _OWN.add(name)
     return choose

@@ -37,7 +37,8 @@ from .state_file import (
 )
 
 
-LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING, "sets_digest")
+LAYER_TENSORS = ("values", "reservoir", *STRUCTURE, *TRACKING)
+OPTIONAL_TENSORS = ("input_norms", "sets_digest")
 
 
 def split_state_dict(
@@ -64,13 +65,14 @@ def split_state_dict(
     shapes, digests = {}, {}
     for name, layer in sparse_layers(model):
         layer.check_sets()
-        missing = [key for key in LAYER_TENSORS[:-1] if f"{name}.{key}" not in stock]
+        missing = [key for key in LAYER_TENSORS if f"{name}.{key}" not in stock]
         if missing:
             raise CheckpointError(
                 f"The state dict to be saved lacks '{name}.{missing[0]}', without which the sparse layer's weights "
                 "have no places. Take model.state_dict()."
             )
-        own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in LAYER_TENSORS if f"{name}.{key}" in stock}
+        keys = [key for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS) if f"{name}.{key}" in stock]
+        own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in keys}
         if begun[name] % 2 or layer.assignments != begun[name]:
             raise CheckpointError(
                 f"Layer '{name}' got other sets while it was being saved: a refresh in another thread, or one that "
@@ -86,14 +88,14 @@ def split_state_dict(
         weight = layer.to_stock(alpha)
         for place in places[layer]:  # a layer that stands in several, as the dense one it replaced did
             stock[f"{place}.weight"] = weight
-            for key in LAYER_TENSORS:
+            for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS):
                 stock.pop(f"{place}.{key}", None)
         tensors[f"{name}.active"] = pack_bits(active)
         backward = pattern.backward_mask()
         tensors[f"{name}.backward"] = pack_bits(backward)
         theta = assemble_theta(own["values"], pattern, own["reservoir"])
         tensors[f"{name}.rest"] = theta[rest_mask(active, backward, info.config)]
-        tensors.update({f"{name}.{key}": own[key] for key in TRACKING})
+        tensors.update({f"{name}.{key}": own[key] for key in (*TRACKING, "input_norms") if key in own})
         shapes[name], digests[name] = pattern.shape, weight_digests(alpha[active])
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
 
@@ -203,7 +205,7 @@ def _dense_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str,
     for layer, places in _places(model).items():
         shape = layer.shape[::-1] if layer.stores_transposed else layer.shape
         for place in places:
-            for key in LAYER_TENSORS:
+            for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS):
                 dense.pop(f"{place}.{key}", None)
             dense[f"{place}.weight"] = torch.empty(shape, dtype=layer.values.dtype, device="meta")
     return dense
@@ -236,6 +238,8 @@ def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: 
     layer.reassign(active, backward, theta.to(device, layer.values.dtype))
     local(layer.unvisited).copy_(part_of(state.tensors[f"{name}.unvisited"], layer.unvisited))
     layer.initial_reservoir_size.copy_(state.tensors[f"{name}.initial_reservoir_size"])
+    if f"{name}.input_norms" in state.tensors:
+        layer.input_norms = state.tensors[f"{name}.input_norms"].to(device)
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:

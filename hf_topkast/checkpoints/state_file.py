@@ -40,7 +40,8 @@ class SparseState:
     Attributes:
         tensors (`dict[str, torch.Tensor]`): per layer name, `.active` and `.backward` (both sets as packed bits),
             `.rest` (θ outside A, by ascending flat index of the (out, in) weight; outside of B only where the method
-            keeps values there), `.unvisited` and `.initial_reservoir_size`. In a compact export only `.active` and
+            keeps values there), `.unvisited` and `.initial_reservoir_size`, and with `score="activation"`
+            `.input_norms`. In a compact export only `.active` and
             `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
         shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
@@ -157,7 +158,8 @@ def _problems(state: SparseState) -> Iterator[str]:
         yield f"it is of step {state.step}"
     if set(state.digests) != (set() if state.compact else set(state.shapes)):
         yield "its digests are not those of its layers"
-    kinds = COMPACT_TENSORS if state.compact else TRAINING_TENSORS
+    norms = ("input_norms",) if state.config.score == "activation" else ()
+    kinds = COMPACT_TENSORS if state.compact else (*TRAINING_TENSORS, *norms)
     if set(state.tensors) != {f"{name}.{kind}" for name in state.shapes for kind in kinds}:
         yield "its tensors are not those of its layers"
         return
@@ -166,6 +168,8 @@ def _problems(state: SparseState) -> Iterator[str]:
             yield f"layer '{name}' has the shape {shape}"
             return
         tensors = {kind: state.tensors[f"{name}.{kind}"] for kind in kinds}
+        if norms and not state.compact and tensors["input_norms"].shape != (shape[1],):
+            yield f"layer '{name}': 'input_norms' is not {shape[1]} numbers"
         keeps_values = get_method(state.config.method).keeps_values
         problems = _layer_problems(tensors, shape[0] * shape[1], keeps_values)
         yield from (f"layer '{name}': {problem}" for problem in problems)

@@ -16,6 +16,8 @@ class TopKastLayer(SparseStorage):
     Attributes:
         gradient_watch (`Callable`, *optional*): called with input and output of each product, while a refresh is going
             to need more gradients than those of B.
+        input_watch ([`InputSquares`], *optional*): sees the inputs of passes in training, while a refresh is going to
+            need them.
         powerprop_alpha (`float`): what `TopKastConfig.powerprop_alpha` says.
     """
 
@@ -32,7 +34,7 @@ class TopKastLayer(SparseStorage):
         self._store(dense, active, backward, reservoir_device, block_size)
         self.backend = select_backend(backend)
         self._one_token = None
-        self.gradient_watch = None
+        self.gradient_watch = self.input_watch = None
         self.powerprop_alpha = 1.0
         self.register_parameter("bias", dense.bias)
         self.train(dense.training)
@@ -50,6 +52,8 @@ class TopKastLayer(SparseStorage):
         y = masked_linear(x, self._trained(self.values), self.pattern, self.bias, self.backend)
         if self.gradient_watch is not None and not composite.is_needed():
             self.gradient_watch(x, y)
+        if self.input_watch is not None and self.training and torch.is_grad_enabled() and not composite.is_needed():
+            self.input_watch.add(x)
         return y
 
     @property

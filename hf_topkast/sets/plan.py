@@ -113,7 +113,7 @@ class SetPlan:
 
         Args:
             name (`str`): the layer.
-            theta (`torch.Tensor`): its weights, (out, in).
+            theta (`torch.Tensor`): its weights, (out, in), by the norms of their inputs where these count.
             sizes (`list[tuple[int, int]]`): of A and B of every part.
             present ([`Present`], *optional*): the layer at a refresh. `None`: its first sets.
 
@@ -146,17 +146,18 @@ class SetPlan:
     def _view(
         self, name: str, part: int, scores: Tensor, size: int, backward_size: int, present: Present | None
     ) -> LayerView:
-        pruned = self.config.density == "nonzero"
+        common = {"by_row": self.config.compare == "row", "pruned": self.config.density == "nonzero"}
         step = -1 if present is None else present.step
         # Of its own for each choice, so that neither resuming nor the number of ranks or layers changes a draw.
         seed = hashlib.blake2b(f"{self.config.seed}/{step}/{name}/{part}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        common["generator"] = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
         if present is None:
-            return LayerView(scores, size, backward_size, pruned=pruned, generator=generator)
+            return LayerView(scores, size, backward_size, **common)
         (height, width), rows = self.config.block_size, self.parts[name][part]
         active, backward = (mask[::height, ::width][rows] for mask in (present.active, present.backward))
         gradients = None if present.gradients is None else present.gradients(rows)
-        return LayerView(scores, size, backward_size, active, backward, present.drop, pruned, generator, gradients)
+        now = {"active": active, "backward": backward, "drop": present.drop, "gradients": gradients}
+        return LayerView(scores, size, backward_size, **now, **common)
 
     def _scores(self, theta: Tensor) -> Tensor:
         """What is ranked by magnitude: the weights, or the norms of their blocks."""

@@ -55,6 +55,39 @@ def top_mask(scores: Tensor, count: int) -> Tensor:
     return mask.view_as(scores)
 
 
+def largest_mask(scores: Tensor, count: int, by_row: bool) -> Tensor:
+    """
+    As [`top_mask`], in each row by itself if `by_row`: equal shares of the count, the rest to the first rows.
+
+    Args:
+        scores (`torch.Tensor`): (rows, columns), finite, floating point.
+        count (`int`): how many to mark.
+        by_row (`bool`): whether rows are compared with themselves only.
+    """
+    if not by_row:
+        return top_mask(scores, count)
+    base, rest = divmod(count, len(scores))
+    return torch.cat([_top_of_rows(scores[:rest], base + 1), _top_of_rows(scores[rest:], base)])
+
+
+def _top_of_rows(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest scores of each row, ties to the lower index: bool, of the shape of `scores`."""
+    if not len(scores) or count >= scores.shape[1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()
+    threshold = _kth_largest(scores, count)
+    mask = scores > threshold
+    ties = scores == threshold
+    missing = count - mask.sum(1)
+    odd = ties.sum(1) > missing  # hardly ever: else all ties are in
+    mask |= ties & ~odd[:, None]
+    mask[odd] |= ties[odd] & (ties[odd].cumsum(1) <= missing[odd, None])
+    return mask
+
+
 def spread_mask(candidates: Tensor, count: int) -> Tensor:
     """
     Marks `count` of the candidates at equal distances, counted along the flat index.
@@ -91,11 +124,12 @@ def random_mask(candidates: Tensor, count: int, generator: torch.Generator) -> T
     return mask.view_as(candidates)
 
 
-def _kth_largest(flat: Tensor, count: int) -> Tensor | float:
-    place = flat.numel() - count
-    if flat.device.type == "cpu":  # the same number, in a seventh of kthvalue's time at 2.4 million weights
-        return float(np.partition(flat.numpy(), place)[place])
-    return flat.kthvalue(place + 1).values
+def _kth_largest(scores: Tensor, count: int) -> Tensor:
+    """The `count`-th largest score along the last dimension, which stays with size 1."""
+    place = scores.shape[-1] - count
+    if scores.device.type == "cpu":  # the same number, in a seventh of kthvalue's time at 2.4 million weights
+        return torch.from_numpy(np.partition(scores.numpy(), place)[..., place : place + 1])
+    return scores.kthvalue(place + 1, keepdim=True).values
 
 
 def block_norms(theta: Tensor, block_size: Sequence[int]) -> Tensor:

@@ -17,10 +17,11 @@ from .distributed import (
     sum_over_ranks,
     world_size,
 )
+from .inputs import InputSquares
 from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
 from .reservoir import NOWHERE, Arriving, assemble_theta
 from .set_watch import mixture
-from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage
+from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage, scored
 
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "STRUCTURE",
     "TRACKING",
     "Arriving",
+    "InputSquares",
     "Moment",
     "Pattern",
     "SparseStorage",
@@ -44,6 +46,7 @@ __all__ = [
     "part_of",
     "prefix_here",
     "raise_together",
+    "scored",
     "set_digest",
     "shard_like",
     "spread_blocks",

@@ -30,10 +30,16 @@ class Moment(NamedTuple):
     values: Tensor
     pattern: Pattern
     reservoir: Tensor
+    input_norms: Tensor | None = None
 
-    def theta(self) -> Tensor:
-        """θ as (out, in)."""
-        return assemble_theta(self.values, self.pattern, self.reservoir)
+    def scored(self) -> Tensor:
+        """What ranks the weights, as (out, in): θ, by the norm of its input if the layer knows that."""
+        return scored(assemble_theta(self.values, self.pattern, self.reservoir), self.input_norms)
+
+
+def scored(theta: Tensor, input_norms: Tensor | None) -> Tensor:
+    """θ times the norms of its inputs, (out, in), as Wanda scores weights (arXiv 2306.11695); θ without norms."""
+    return theta if input_norms is None else theta * input_norms
 
 
 class SparseStorage(ColumnWalk, SetWatch):
@@ -50,6 +56,8 @@ class SparseStorage(ColumnWalk, SetWatch):
             With `reservoir_device="nowhere"` it is empty, and θ is zero outside B.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
+        input_norms (`torch.Tensor`, *optional*): root mean square of each input feature, (in,), with which weights are
+            scored; `None` where magnitudes alone count.
         assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
             controller sees what it did not do itself, and a thread that saves whether it read one state or two.
     """
@@ -83,6 +91,7 @@ class SparseStorage(ColumnWalk, SetWatch):
             self.register_buffer("reservoir", reservoir)
         self.register_buffer("unvisited", pack_bits(~backward))
         self.register_buffer("initial_reservoir_size", torch.tensor(self.numel - self.values.numel()))
+        self.register_buffer("input_norms", None)
 
     @property
     def pattern(self) -> Pattern:
@@ -118,6 +127,10 @@ class SparseStorage(ColumnWalk, SetWatch):
         reservoir = self.reservoir if reservoir is None else reservoir
         return assemble_theta(full(self.values.detach()), self.pattern, full(reservoir))
 
+    def scored(self, theta: Tensor | None = None) -> Tensor:
+        """What ranks the weights, as (out, in): θ, or a θ given, by the norms of its inputs if the layer has them."""
+        return scored(self.theta() if theta is None else theta, self.input_norms)
+
     def moment(self) -> Moment:
         """
         θ as it is now, on the device where the reservoir rests, for a thread to read while training goes on. Values
@@ -125,7 +138,8 @@ class SparseStorage(ColumnWalk, SetWatch):
         """
         own = {"device": self.reservoir.device, "copy": True}
         pattern = Pattern(self.row_offsets.to(**own), self.columns.to(**own), self.shape, self.block_size)
-        return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach())
+        norms = None if self.input_norms is None else self.input_norms.to(**own)
+        return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach(), norms)
 
     @torch.no_grad()
     def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:

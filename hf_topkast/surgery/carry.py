@@ -24,6 +24,7 @@ OWN = {
     "reservoir",
     "reservoir_device",
     "gradient_watch",
+    "input_watch",
     "powerprop_alpha",
 }
 OWN |= {"assignments", "sets_digest", "forward"}

@@ -104,6 +104,8 @@ def count_sparsity(model: nn.Module) -> SparsityCounts:
 def _row(name: str, layer: TopKastLayer, copies: int) -> LayerRow:
     copies, dense_copies = (copies, COPIES_IN_TRAINING) if layer.values.requires_grad else (1, 1)
     buffers = [getattr(layer, buffer) for buffer in (*STRUCTURE, *TRACKING)]
+    if layer.input_norms is not None:
+        buffers.append(layer.input_norms)
     if layer.column_walk is not None:
         buffers.append(layer.column_walk)
     if layer.reservoir_device != "disk":

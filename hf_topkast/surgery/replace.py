@@ -1,8 +1,9 @@
 """The swap of dense layers for sparse ones, and back, and what a sparse model carries as a whole."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -15,8 +16,10 @@ from ..layers import TopKastLayer, sparse_type
 from ..method import get_method
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
-from ..storage import NOWHERE
+from ..storage import NOWHERE, scored
+from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
+from .cautions import check_blocks, check_not_quantized, warn_of_a_cut
 from .targets import find_targets
 
 
@@ -25,7 +28,7 @@ logger = logging.get_logger(__name__)
 # What the layers of a model were made with.
 OF_THE_LAYERS = (
     *("block_size", "split_fused", "target_modules", "exclude_modules"),
-    *("reservoir_device", "backend", "powerprop_alpha"),
+    *("reservoir_device", "backend", "powerprop_alpha", "score"),
 )
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
@@ -50,7 +53,13 @@ class SparseInfo:
 
 
 @torch.inference_mode(False)  # training could not go on with what is made in it
-def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) -> nn.Module:
+def sparsify(
+    model: nn.Module,
+    config: TopKastConfig | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    **settings,
+) -> nn.Module:
     """
     Replaces projections of a model by truly sparse Top-KAST layers, in place.
 
@@ -61,6 +70,10 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
     Args:
         model (`torch.nn.Module`): a transformers model, or any module if `target_modules` says where.
         config ([`TopKastConfig`], *optional*): the settings.
+        calibration (`Iterable`, *optional*): a few inputs of a pretrained model, mappings of its arguments or token
+            ids, (batch, tokens). The model runs on them once, and its first sets are those of the largest weights by
+            magnitude times that of their inputs, within each row, which costs a pretrained model far less than
+            magnitude alone. It stands for `score="activation"`.
         settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
 
     Returns:
@@ -71,7 +84,8 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
             no layer matches (the message lists candidates), if a named layer is of an unsupported type, tied to
             another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite or not
-            loaded yet, or as [`SetPlan`] says. The model is unchanged then.
+            loaded yet, if `calibration` does not go with `score` or with the model, or as [`SetPlan`] says. The model
+            is unchanged then.
     """
     if not (config is None or isinstance(config, TopKastConfig)):
         raise TypeError(
@@ -80,9 +94,17 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
         )
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
+    if calibration is not None:
+        settings.setdefault("score", "activation")
     config = config or TopKastConfig(**settings)
+    if (config.score == "activation") != (calibration is not None):
+        raise ValueError(
+            f"score={config.score!r} and calibration {'given' if calibration is not None else 'left out'}: "
+            "score='activation' ranks weights by the inputs that the batches of calibration=... bring about, and only "
+            "it uses them. Give both, or neither."
+        )
     if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
-        sparsify(model._orig_mod, config)
+        sparsify(model._orig_mod, config, calibration=calibration)
         return model
     already = [name for name, _ in sparse_layers(model)]
     if already:
@@ -95,6 +117,7 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
             "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
             "get_peft_model (or add_adapter) on the sparse model."
         )
+    check_not_quantized(model)
     select_backend(config.backend)
     targets = find_targets(model, config)
     for name, dense in targets.items():  # all before the first swap, so that an error leaves the model as it was
@@ -103,16 +126,26 @@ def sparsify(model: nn.Module, config: TopKastConfig | None = None, **settings) 
                 f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
             )
         check_finite(dense.weight.detach(), name)
-        _check_blocks(name, weight_rows(dense).shape, config.block_size)
+        check_blocks(name, weight_rows(dense).shape, config.block_size)
     plan = SetPlan(model, {name: tuple(weight_rows(dense).shape) for name, dense in targets.items()}, config)
-    sizes = plan.sizes(left=1.0, exploring=True, read=lambda name: weight_rows(targets[name]))
+    norms = {} if calibration is None else input_norms(model, targets, calibration)
+    nonzero = config.density == "nonzero"
+
+    def read(name: str) -> Tensor:
+        weight = weight_rows(targets[name])
+        return weight if nonzero else scored(weight, norms.get(name))
+
+    sizes = plan.sizes(left=1.0, exploring=True, read=read)
     for name in list(targets):
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
-        active, backward = plan.choose(name, weight_rows(dense), sizes[name])
+        active, backward = plan.choose(name, scored(weight_rows(dense), norms.get(name)), sizes[name])
         warn_of_lost_hooks(name, dense.weight)
-        replace_module(model, dense, make_sparse(dense, active, backward, config))
+        layer = make_sparse(dense, active, backward, config)
+        layer.input_norms = norms.get(name)
+        replace_module(model, dense, layer)
     mark_sparse(model, SparseInfo(config))
     _log_summary(model)
+    warn_of_a_cut(model, config)
     return model
 
 
@@ -215,14 +248,6 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
                 setattr(parent, name, new)
-
-
-def _check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
-    if shape[0] % block_size[0] or shape[1] % block_size[1]:
-        raise ValueError(
-            f"Layer '{name}' is {shape[0]}×{shape[1]} (out × in), which blocks of {block_size[0]}×{block_size[1]} do "
-            "not fill. Choose a block_size that divides the shape, or name the layer in exclude_modules."
-        )
 
 
 def _log_summary(model: nn.Module):

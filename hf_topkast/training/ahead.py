@@ -94,7 +94,7 @@ def _choose(
             wanted, chosen = sizes(moments), {}
             for name in list(moments):
                 moment = moments.pop(name)
-                masks = plan.choose(name, moment.theta(), wanted[name], present(moment))
+                masks = plan.choose(name, moment.scored(), wanted[name], present(moment))
                 chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
     except Exception:
         return traceback.format_exc()  # the exception itself would keep θ of a layer alive until it is raised

@@ -57,6 +57,8 @@ class TopKastAveragedModel(AveragedModel):
                 mine.reassign(*(mask.to(mine.values.device) for mask in masks))
             for name in TRACKING:
                 getattr(mine, name).copy_(getattr(live, name))
+            if live.input_norms is not None:
+                mine.input_norms.copy_(live.input_norms)
         own = {id(tensor) for layer, _ in pairs for tensor in (layer.columns, *layer.buffers(recurse=False))}
         parameters, buffers = (
             [(mine, live) for mine, live in zip(*both, strict=True) if id(mine) not in own]

@@ -136,6 +136,6 @@ def _chooser(model: nn.Module) -> Callable[[TopKastLayer, Tensor], tuple[Tensor,
         height, width = layer.block_size
         active, backward = (mask[::height, ::width] for mask in _own_sets(layer, theta))
         sizes = [(int(active[rows].sum()), int(backward[rows].sum())) for rows in plan.parts[names[layer]]]
-        return plan.largest(names[layer], theta, sizes)
+        return plan.largest(names[layer], layer.scored(theta), sizes)
 
     return choose

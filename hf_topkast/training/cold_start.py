@@ -85,8 +85,8 @@ def correct_changes(values: Tensor, state: dict, group: dict, warmup: int):
     wanted = change(age)
     if warmup:
         wanted *= torch.where(entered > 0, (age / warmup).clamp(max=1), 1)
-    difference = (wanted - change(steps)) * group["lr"]
-    local(values).add_(difference if group["maximize"] else -difference)
+    # Adam negates gradients with `maximize`, not changes: the moments have the sign already.
+    local(values).sub_((wanted - change(steps)) * group["lr"])
 
 
 def _distance(beta: float | Tensor, count: Tensor) -> Tensor:

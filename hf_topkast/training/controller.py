@@ -185,6 +185,7 @@ class TopKastController:
         if self._skips(optimizer):
             self._changes.settle()
             self._groups.end()
+            self._refresher.expect(self.step + 1)  # without what the skipped passes have left
             return
         self._changes.end()
         self._groups.end()

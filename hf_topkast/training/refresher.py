@@ -25,7 +25,17 @@ from ..sets import (
     resolve_step,
     way_left,
 )
-from ..storage import NOWHERE, Arriving, Moment, check_agreement, local, raise_together, set_digest, world_size
+from ..storage import (
+    NOWHERE,
+    Arriving,
+    InputSquares,
+    Moment,
+    check_agreement,
+    local,
+    raise_together,
+    set_digest,
+    world_size,
+)
 from .ahead import Choice, choose_ahead, unpacked
 from .engines import check_lag, check_resizing, rebuild_buckets
 from .gradients import GradientWatch, PartGradients
@@ -34,10 +44,13 @@ from .optimizers import carry_state, check_outside_changes, check_state
 
 logger = logging.get_logger(__name__)
 
+# Share of the old mean squares of inputs that a refresh keeps (`score="activation"`).
+KEPT_SQUARES = 0.9
 # What the sets depend on beside the weights, the step and the schedules.
 CHOOSING_SETTINGS = (
     *("method", "density", "backward_density", "initial_density"),
     *("distribution", "density_overrides", "split_fused", "block_size"),
+    *("score", "compare"),
     *("drop_share", "drop_end", "drop_decay", "update_until", "seed"),
 )
 
@@ -91,6 +104,8 @@ class Refresher:
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
         self._watches = self._make_watches()
+        scored = {name: layer for name, layer in layers.items() if layer.input_norms is not None}
+        self._inputs = {name: InputSquares(layer.input_norms.device) for name, layer in scored.items()}
         self.seconds: float | None = None
         self._choice: Choice | None = None
 
@@ -146,6 +161,9 @@ class Refresher:
         and no longer what an earlier one needed. `None`: there will be no step.
         """
         due = step is not None and self._is_due(step)
+        for name, squares in self._inputs.items():
+            squares.forget()
+            self.layers[name].input_watch = squares if due and self.layers[name].values.requires_grad else None
         for name, watch in self._watches.items():
             watch.forget()
             self.layers[name].gradient_watch = watch if due and self.layers[name].values.requires_grad else None
@@ -169,6 +187,7 @@ class Refresher:
             return False
         start = time.perf_counter()
         self._check_numbers()
+        self._follow_inputs()
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
         members, left = {}, {}
@@ -176,7 +195,7 @@ class Refresher:
             was_active = layer.pattern.active_mask()
             if chosen is None:
                 present = self._present(step, layer, self._gradients_of(name))
-                active, backward = self._plan.choose(name, theta, sizes[name], present)
+                active, backward = self._plan.choose(name, layer.scored(theta), sizes[name], present)
             else:
                 active, backward = unpacked(chosen.pop(name), layer)
             self._reassign(name, active, backward, theta)
@@ -268,6 +287,15 @@ class Refresher:
         drop = drop_share_at(step, self.config, self._last_exchange)
         return Present(step, layer.pattern.active_mask(), layer.pattern.backward_mask(), drop, gradients)
 
+    def _follow_inputs(self):
+        """Takes the inputs of the step into the running mean squares that weights are scored with."""
+        for name, squares in self._inputs.items():
+            norms = self.layers[name].input_norms
+            squares.over_ranks(norms, self._group)
+            if squares.tokens:
+                mean = KEPT_SQUARES * norms.square() + (1 - KEPT_SQUARES) * squares.mean().to(norms)
+                norms.copy_(mean.sqrt())
+
     def _make_watches(self) -> dict[str, GradientWatch]:
         if self._plan.method.gradient != "dense":
             return {}
@@ -339,14 +367,14 @@ class Refresher:
         def read(name: str) -> Tensor:
             # A pruned model keeps as many as it had at first, which the present sets still tell.
             nonzero = self.config.density == "nonzero"
-            return layers[name].pattern.active_mask() if nonzero else layers[name].theta()
+            return layers[name].pattern.active_mask() if nonzero else layers[name].scored()
 
         return self._plan.sizes(self._left(step), self._explores(step), read, list(layers))
 
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
         moving = self._moving()
-        sizes = self._plan.sizes(0.0, True, lambda name: moving[name].theta(), list(moving))
+        sizes = self._plan.sizes(0.0, True, lambda name: moving[name].scored(), list(moving))
         final = sum(size for parts in sizes.values() for size, _ in parts)
         return bool(moving) and final == sum(layer.active_count for layer in moving.values())
 

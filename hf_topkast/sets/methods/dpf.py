@@ -14,6 +14,7 @@ from . import topkast
 METHOD = Method(
     topkast.choose,
     explores=True,
+    ranks=True,
     backward_ratio=math.inf,
     defaults={"refresh_every": 16, "penalty": 0.0, "initial_density": 1.0},
     needs="values, gradients and moments of all weights: B is everything",

@@ -5,24 +5,26 @@ Settings: their cubic schedule, between a quarter and three quarters of training
 arXiv 2501.12486 compares.
 """
 
+import torch
 from torch import Tensor
 
 from ...method import LayerView, Method
-from ..selection import top_mask
-from .exchange import keep_largest
+from ..selection import largest_mask
 
 
 def choose(view: LayerView) -> Tensor:
     """The largest weights of those that are left."""
-    if view.active is None:
-        return top_mask(view.theta.abs(), view.size)
-    return keep_largest(view.active, view.theta.abs(), min(view.size, int(view.active.sum())))
+    scores = view.theta.abs()
+    if view.active is not None:
+        scores = torch.where(view.active, scores, -1.0)
+    return largest_mask(scores, view.size, view.by_row)
 
 
 METHOD = Method(
     choose,
     keeps_values=False,
     grows=False,
+    ranks=True,
     defaults={"initial_density": 1.0, "schedule_begin": 0.25, "schedule_end": 0.75},
     needs="a dense start: all weights, gradients and moments until the schedule begins",
 )

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from ...method import LayerView, Method
-from ..selection import random_mask, top_mask
+from ..selection import largest_mask, random_mask
 
 
 def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     """A: the largest weights by magnitude. B\\A: drawn uniformly from all others, anew at each refresh."""
-    active = top_mask(view.theta.abs(), view.size)
+    active = largest_mask(view.theta.abs(), view.size, view.by_row)
     return active, active | random_mask(~active, view.backward_size - view.size, view.generator)
 
 
-METHOD = Method(choose, explores=True, backward_ratio=2.0)
+METHOD = Method(choose, explores=True, backward_ratio=2.0, ranks=True)

@@ -19,6 +19,6 @@ METHOD = Method(
         "drop_decay": "cosine",
         "update_until": 1.0,
         "new_state": "fresh",
-        "new_state_warmup": 100,
+        "new_state_warmup": lambda config: 100 if config.new_state in (None, "fresh") else 0,
     },
 )

@@ -3,22 +3,22 @@
 from torch import Tensor
 
 from ...method import LayerView, Method
-from ..selection import spread_mask, top_mask
+from ..selection import largest_mask, spread_mask
 
 
 def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     """
-    A: the `size` largest weights by magnitude. B: the `backward_size` largest. Ties go to the lower index.
+    A: the `size` largest weights by score. B: the `backward_size` largest. Ties go to the lower index.
 
     Except in a model that was pruned before, for the weights of B that are exactly zero: they come evenly from all
     over the layer. By the lower index they would all be in the first rows, and the others could never grow.
     """
-    magnitude = view.theta.abs()
-    active, backward = top_mask(magnitude, view.size), top_mask(magnitude, view.backward_size)
+    scores = view.theta.abs()
+    active, backward = (largest_mask(scores, size, view.by_row) for size in (view.size, view.backward_size))
     if not view.pruned or view.backward_size <= max(view.size, int(view.theta.count_nonzero())):
         return active, backward
     backward = active | (view.theta != 0)
     return active, backward | spread_mask(~backward, view.backward_size - int(backward.sum()))
 
 
-METHOD = Method(choose, explores=True, backward_ratio=2.0)
+METHOD = Method(choose, explores=True, backward_ratio=2.0, ranks=True)

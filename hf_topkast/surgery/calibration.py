@@ -1,0 +1,87 @@
+"""How large the inputs of each layer are on a user's data: what a score of weights by their effect needs."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..storage import InputSquares
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """
+    Root mean square of every input feature of some layers, over all tokens of some batches.
+
+    Runs the model forward in evaluation mode, without gradients; of each layer it keeps in_features numbers. Tokens
+    that a batch's `attention_mask` leaves out do not count.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        layers (`Mapping[str, torch.nn.Module]`): the layers, by name.
+        batches (`Iterable`): inputs of the model, each a mapping of its arguments (as a tokenizer gives) or a tensor
+            of token ids, (batch, tokens). A few thousand tokens are enough.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float32, (in_features,), by the layer's name.
+
+    Raises:
+        ValueError: if there is no batch, if one does not fit the model, or if a layer got no input; the message says
+            which.
+    """
+    if isinstance(batches, Mapping | Tensor):
+        batches = [batches]
+    squares = {name: InputSquares(layer.weight.device) for name, layer in layers.items()}
+    mask: Tensor | None = None
+
+    def see(name: str):
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs["input"]
+            fits = mask is not None and x.shape[:-1] == mask.shape
+            squares[name].add(x[mask.to(x.device)] if fits else x)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(see(name), with_kwargs=True) for name, layer in layers.items()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        device = next(model.parameters()).device
+        for count, batch in enumerate(batches, start=1):
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = None if mask is None else mask.bool()
+            _run(model, batch, count, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError("calibration has no batch: give a few inputs of the model, such as those of its training.")
+    unseen = [name for name, seen in squares.items() if not seen.tokens]
+    if unseen:
+        raise ValueError(
+            f"calibration: layer '{unseen[0]}' got no input from {count} batches ({len(unseen)} such layers), so its "
+            "weights cannot be scored. Give more or other batches, or name it in exclude_modules."
+        )
+    return {name: _without_zeros(seen.mean().sqrt()) for name, seen in squares.items()}
+
+
+def _without_zeros(norms: Tensor) -> Tensor:
+    """Features that were never active count a millionth of the mean, so that their weights have an order too."""
+    return norms.clamp(min=float(norms.mean()) * 1e-6)
+
+
+def _run(model: nn.Module, batch: Any, number: int, device: torch.device):
+    try:
+        if isinstance(batch, Mapping):
+            model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        else:
+            model(batch.to(device))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"calibration: batch {number} does not fit {type(model).__name__} ({type(error).__name__}: {error}). Give "
+            "token ids, (batch, tokens), or mappings of the model's arguments, as its tokenizer makes them."
+        ) from error

@@ -1,0 +1,50 @@
+"""What a model is refused for, or told, when it becomes sparse."""
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import TopKastConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
+    """
+    Raises:
+        ValueError: if blocks do not fill a layer of this shape, (out, in).
+    """
+    if shape[0] % block_size[0] or shape[1] % block_size[1]:
+        raise ValueError(
+            f"Layer '{name}' is {shape[0]}×{shape[1]} (out × in), which blocks of {block_size[0]}×{block_size[1]} do "
+            "not fill. Choose a block_size that divides the shape, or name the layer in exclude_modules."
+        )
+
+
+def check_not_quantized(model: nn.Module):
+    """
+    Raises:
+        ValueError: if a quantizer has loaded the model, GGUF files included.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings = getattr(quantizer, "quantization_config", None)
+    if quantizer is not None and not isinstance(settings, TopKastConfig):
+        raise ValueError(
+            f"{type(model).__name__} was loaded by {type(quantizer).__name__}, so that save_pretrained would refuse "
+            "it after training. Make a plain copy: copy.deepcopy(model.config), without its quantization_config, "
+            "type(model)(config), load_state_dict of the weights in full precision; and sparsify that."
+        )
+
+
+def warn_of_a_cut(model: nn.Module, config: TopKastConfig):
+    """Says of a pretrained model that weights taken away at once by magnitude alone cost it most of what it knows."""
+    pretrained = isinstance(model, PreTrainedModel) and getattr(model, "name_or_path", "")
+    cut = config.density not in (1, "nonzero") and config.initial_density is None and config.score == "magnitude"
+    if pretrained and cut:
+        logger.warning(
+            f"'{pretrained}' is a pretrained model, and density={config.density} takes {1 - config.density:.0%} of "
+            "its projections' weights away at once, by magnitude alone, which costs it most of what it knows. Two "
+            "ways out: sparsify(..., calibration=batches), a few inputs of the model, by which the weights that matter "
+            "stay; or a schedule from dense, initial_density=1.0. See docs/fine_tuning.md."
+        )
