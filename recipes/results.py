@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 import transformers
 from arguments import ModelArguments
 from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import hf_topkast
 from hf_topkast import TopKastConfig, sparsity_report
+from hf_topkast.layers import TopKastLayer
 
 
 def measure_model(model: PreTrainedModel) -> dict[str, Any]:
@@ -35,6 +39,49 @@ def measure_model(model: PreTrainedModel) -> dict[str, Any]:
         "state_bytes": report.trainable_state_bytes,
         "dense_state_bytes": report.dense_state_bytes,
     }
+
+
+def count_training_flops(
+    model: PreTrainedModel, tokens: int, steps: int, at_first: dict[str, Any], log_history: list[dict[str, Any]]
+) -> dict[str, int]:
+    """
+    FLOPs of the whole training, of this model and of the dense one.
+
+    Counted are the products with weights of linear layers (the head too, an embedding's look-up not): for each token 2
+    FLOPs a weight forward, 2 for the gradient of the input, 2 for that of the weight. A sparse layer needs the first
+    two of its A and the last of its B. Not counted are attention's products of activations, biases, norms, the
+    optimizer, evaluation, recomputation, and gradients that a method wants only to choose weights.
+
+    Densities are those that were logged: each holds until the next one, which is exact where refreshes happen at
+    logging steps.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Sparse or dense.
+        tokens (`int`): Seen in training.
+        steps (`int`): Optimizer steps that saw them.
+        at_first (`dict[str, Any]`): What [`measure_model`] said before training.
+        log_history (`list[dict[str, Any]]`): Trainer's.
+
+    Returns:
+        `dict[str, int]`: `training_flops` and `dense_training_flops`.
+    """
+    sparse, dense = count_multiplied_weights(model)
+    logged = [(entry["step"], entry) for entry in log_history if "topkast/density" in entry]
+    points = [(0, at_first["density"], at_first["backward_density"])]
+    points += [(step, entry["topkast/density"], entry["topkast/backward_density"]) for step, entry in logged]
+    ends = [*(step for step, *_ in points[1:]), steps]
+    shares = [(4 * a + 2 * b) * (end - step) / max(1, steps) for (step, a, b), end in zip(points, ends)]
+    return {
+        "training_flops": round(tokens * (sum(shares) * sparse + 6 * dense)),
+        "dense_training_flops": 6 * tokens * (sparse + dense),
+    }
+
+
+def count_multiplied_weights(model: nn.Module) -> tuple[int, int]:
+    """The weights of the sparse layers, as the dense model has them, and those of all other linear layers."""
+    sparse = sum(row.weights for row in sparsity_report(model).rows)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sparse, sum(module.weight.numel() for module in linear if not isinstance(module, TopKastLayer))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -76,9 +123,8 @@ def _format(value: Any) -> str:
 def write_results(
     folder: str, results: dict[str, Any], model_args: ModelArguments, topkast_config: TopKastConfig
 ) -> None:
-    """Writes `results.json` and `README.md`, the model card, into `folder`."""
+    """Writes `README.md`, the model card, and then `results.json` into `folder`: the latter whole or not at all."""
     path = Path(folder)
-    (path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     kind = "sparse" if model_args.sparse else "dense"
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["hf_topkast", kind])
     origin = model_args.model_name_or_path or f"a new {model_args.model_type} model"
@@ -98,3 +144,6 @@ def write_results(
         lines.append(f"Settings of Top-KAST:\n\n```json\n{settings}\n```\n")
     lines.append(f"Command: `run_clm.py {' '.join(results['command'])}`\n")
     ModelCard("\n".join(lines)).save(path / "README.md")
+    temporary = path / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path / "results.json")

@@ -5,7 +5,7 @@ Trains a causal language model, sparse with Top-KAST or dense, evaluates it, and
 
 The YAML file holds any fields of the dataclasses in arguments.py, of `hf_topkast.TopKastConfig` and of
 `transformers.TrainingArguments`; the command line wins over it. `output_dir` then holds the model and its tokenizer,
-`results.json`, a model card, and checkpoints from which `--resume` goes on.
+`results.json`, a model card, the churn of each layer (`churn.jsonl`), and checkpoints from which `--resume` goes on.
 """
 
 import sys
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from arguments import ModelArguments, parse_arguments, refuse_unknown_keys
+from callbacks import ChurnLog, Stopwatch
 from data import Corpus, Split, load_corpus
 from metrics import BitsPerByte, WordPerplexity, make_compute_metrics, token_nats
-from results import describe_environment, format_table, measure_model, write_results
+from results import count_training_flops, describe_environment, format_table, measure_model, write_results
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,7 +74,12 @@ def main(argv: list[str] | None = None) -> dict:
         preprocess_logits_for_metrics=token_nats,
         compute_metrics=metric_for(metric, corpus.splits["valid"]),
     )
-    train_output = trainer.train(resume_from_checkpoint=checkpoint)
+    stopwatch = Stopwatch()
+    trainer.add_callback(stopwatch)
+    if model_args.sparse:
+        trainer.add_callback(ChurnLog(trainer))
+    at_first = measure_model(model)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
     results = {"dataset": data_args.dataset, "window": data_args.window}
@@ -85,10 +91,12 @@ def main(argv: list[str] | None = None) -> dict:
         results |= {f"{name}_bytes": split.num_bytes, f"{name}_words": split.num_words}
     trainer.save_state()
     results |= measure_model(model)
+    tokens, steps = trainer.state.num_input_tokens_seen, trainer.state.global_step
     results |= {
-        "tokens": trainer.state.num_input_tokens_seen,
-        "steps": trainer.state.global_step,
-        "train_seconds": train_output.metrics["train_runtime"],
+        "tokens": tokens,
+        "steps": steps,
+        "train_seconds": stopwatch.seconds,
+        **count_training_flops(model, tokens, steps, at_first, trainer.state.log_history),
         "seed": training_args.seed,
         "data_fingerprint": corpus.fingerprint,
         **describe_environment(),

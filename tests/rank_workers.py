@@ -172,6 +172,29 @@ def sharded_bytes(**config) -> int:
     return live_bytes(model, optimizer)
 
 
+def by_methods(directory: str, configs: dict[str, dict], sharded: bool):
+    """Trains by each configuration on this rank's part of the batches; every rank writes what it has to a file."""
+    dist.init_process_group("gloo")
+    for name, config in configs.items():
+        model = sparsify(make_gpt2(dtype=torch.float64), **config)
+        bare = model
+        if sharded:
+            for _, layer in sparse_layers(model):
+                layer.offer_columns()
+            for block in model.transformer.h:
+                fully_shard(block)
+            fully_shard(model)
+        else:
+            model = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        TopKastController(model, optimizer, total_steps=8)
+        for tokens in token_batches(8):
+            loss_of(model, tokens[:2].chunk(2)[dist.get_rank()]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save(whole(bare), Path(directory, f"{name}-{dist.get_rank()}.pt"))
+
+
 def prepared_by_accelerate(directory: str):
     """A loop of one's own under Accelerate's FSDP2; rank 0 saves where it led."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # as docs/scaling.md says

@@ -45,6 +45,6 @@ def warn_of_a_cut(model: nn.Module, config: TopKastConfig):
         logger.warning(
             f"'{pretrained}' is a pretrained model, and density={config.density} takes {1 - config.density:.0%} of "
             "its projections' weights away at once, by magnitude alone, which costs it most of what it knows. Two "
-            "ways out: sparsify(..., calibration=batches), a few inputs of the model, by which the weights that matter "
+            "ways out: sparsify(..., calibration=batches), a few inputs of it, by which the weights that matter "
             "stay; or a schedule from dense, initial_density=1.0. See docs/fine_tuning.md."
         )
