@@ -1,0 +1,142 @@
+"""Plots of a sweep, one PNG each, of the rows that are finished; a plot with nothing in it is not made."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from callbacks import read_churn
+from matplotlib.figure import Figure
+from sweep_plan import Run, Sweep, parse_run
+from sweep_tables import best_runs, summarize
+
+
+# What lines run along or what they are chosen by: it does not tell one line from another.
+ALONG_A_LINE = {"density", "backward_density", "method", "sparse", "output_dir", "seed"}
+
+
+def draw_plots(sweep: Sweep, finished: dict[Path, dict]) -> list[Path]:
+    """
+    Draws what the finished rows show: the metric against density, its gap to row `dense`, against training FLOPs and
+    against bytes of training state, each on the test split; and the churn of each layer over the steps.
+
+    Args:
+        sweep ([`Sweep`]): All rows.
+        finished (`dict[Path, dict]`): Results of finished runs by directory.
+
+    Returns:
+        `list[Path]`: The images.
+    """
+    found = {row.name: (row, best_runs(sweep, row, finished)) for row in sweep.rows}
+    found = {name: (row, runs) for name, (row, runs) in found.items() if runs}
+    points = {name: summarize(sweep, row, finished, {}) for name, (row, runs) in found.items()}
+    lines = group_rows(sweep, {name: runs[0] for name, (_, runs) in found.items()})
+    drawn = [
+        _against(sweep, lines, points, "density", "density of the sparse layers"),
+        _against(sweep, lines, points, "density", "density of the sparse layers", gap=True),
+        _against(sweep, lines, points, "training_flops", "training FLOPs"),
+        _against(sweep, lines, points, "state_bytes", "bytes of training state"),
+        _churn(sweep, {name: read_churn(runs[0].folder) for name, (_, runs) in found.items()}),
+    ]
+    return [path for path in drawn if path is not None]
+
+
+def group_rows(sweep: Sweep, runs: dict[str, Run]) -> dict[str, list[str]]:
+    """
+    Rows that make one line, by its label: of one method, with a B that is as many times A, and equal in all fields but
+    density.
+
+    Args:
+        sweep ([`Sweep`]): Says which field is tuned.
+        runs (`dict[str, Run]`): A run of each row.
+
+    Returns:
+        `dict[str, list[str]]`: Names of rows by label; those of dense models under `""`.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs.values():
+        alike.setdefault(_kind(run), []).append(run)
+    lines: dict[str, list[str]] = {}
+    for kind, members in alike.items():
+        keys = {key for run in members for key in run.settings} - ALONG_A_LINE - {sweep.tune}
+        differing = sorted(key for key in keys if len({str(run.settings.get(key)) for run in members}) > 1)
+        for run in members:
+            more = [f"{key} {run.settings[key]}" for key in differing if key in run.settings and kind]
+            lines.setdefault(", ".join([kind, *more]), []).append(run.row)
+    return lines
+
+
+def _kind(run: Run) -> str:
+    """The method, and what B is beside A; nothing for a dense model."""
+    model_args, _, _, topkast, _ = parse_run(run)
+    if not model_args.sparse:
+        return ""
+    if topkast.backward_density in (None, topkast.density):
+        return topkast.method
+    if topkast.backward_density == 1:
+        return f"{topkast.method}, B = all"
+    return f"{topkast.method}, B = {topkast.backward_density / topkast.density:g} A"
+
+
+def _against(
+    sweep: Sweep,
+    lines: dict[str, list[str]],
+    points: dict[str, dict[str, Any]],
+    key: str,
+    label: str,
+    gap: bool = False,
+) -> Path | None:
+    """The metric, or its gap to row `dense`, against another number of the rows; a line a method."""
+    zero = points.get("dense", {}).get("test_mean")
+    if not any(lines) or (gap and zero is None):
+        return None
+    metric = next(iter(points.values()))["metric"].replace("_", " ")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (line, names), marker in zip(lines.items(), itertools.cycle("osD^vPX<>*ph")):
+        chosen = sorted((points[name] for name in names), key=lambda point: point[key])
+        heights = [point["test_mean"] - (zero if gap else 0) for point in chosen]
+        spreads = [point["test_std"] or 0 for point in chosen]
+        if line:
+            axes.errorbar([point[key] for point in chosen], heights, spreads, marker=marker, capsize=3, label=line)
+        elif key == "density":  # dense models have no place on this axis
+            for point, height in zip(chosen, heights):
+                axes.axhline(height, color="black", linestyle="-" if point["row"] == "dense" else ":", linewidth=1)
+                axes.annotate(point["row"], (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        else:
+            axes.errorbar([point[key] for point in chosen], heights, spreads, fmt="ks", capsize=3, label="dense")
+            for point, height in zip(chosen, heights):
+                axes.annotate(point["row"], (point[key], height), xytext=(4, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel=label, ylabel=f"gap to dense, {metric}" if gap else f"{metric}, test")
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(fontsize="small", loc="outside right upper")
+    return _save(figure, sweep, "gap_to_dense.png" if gap else f"metric_by_{key}.png")
+
+
+def _churn(sweep: Sweep, churns: dict[str, list[dict]]) -> Path | None:
+    """A panel a row, a line a layer, from the first (dark) to the last (light), and their mean in red."""
+    churns = {name: churn for name, churn in churns.items() if churn}
+    if not churns:
+        return None
+    columns = min(4, len(churns))
+    rows = -(-len(churns) // columns)
+    figure = Figure(figsize=(3.5 * columns, 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for (name, churn), axes in zip(churns.items(), panels):
+        steps = [line["step"] for line in churn]
+        layers = list(churn[-1]["layers"])
+        for place, layer in enumerate(layers):
+            colour = str(0.8 * place / max(1, len(layers) - 1))
+            axes.plot(steps, [line["layers"][layer] for line in churn], color=colour, linewidth=0.7)
+        means = [sum(line["layers"].values()) / len(line["layers"]) for line in churn]
+        axes.plot(steps, means, color="tab:red", linewidth=1.8, marker="." if len(steps) == 1 else None)
+        axes.set(title=name, xlabel="optimizer steps", ylabel="churn of A", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    for axes in panels:
+        axes.set_visible(False)
+    return _save(figure, sweep, "churn.png")
+
+
+def _save(figure: Figure, sweep: Sweep, name: str) -> Path:
+    path = sweep.output_dir / name
+    figure.savefig(path, dpi=120)
+    return path
