@@ -105,6 +105,8 @@ def _check_method(config: "TopKastConfig", method: Method):
         check(0 <= number(config.drop_share) <= 1, "drop_share", config.drop_share, "a number in [0, 1]")
         allowed = f"a number in [0, drop_share] = [0, {config.drop_share}]"
         check(0 <= number(config.drop_end or 0) <= config.drop_share, "drop_end", config.drop_end, allowed)
+        allowed = f"left out with drop_decay={config.drop_decay!r}, which does not go towards it"
+        check(not config.drop_end or config.drop_decay == "cosine", "drop_end", config.drop_end, allowed)
         allowed = "'uniform' or 'erdos_renyi' with a method that exchanges weights: a layer keeps its size"
         check(config.distribution != "global", "distribution", config.distribution, allowed)
     _check_moment(config, "update_until")

@@ -89,6 +89,13 @@ class Method:
     needs: str = "nothing"
 
 
+# Fields that a method may give a default of its own.
+DEFAULTED = (
+    *("refresh_every", "penalty", "new_state", "new_state_warmup"),
+    *("initial_density", "density_schedule", "schedule_begin", "schedule_end"),
+    *("drop_share", "drop_end", "drop_decay", "update_until"),
+)
+
 METHODS: dict[str, Method] = {}
 
 
@@ -124,7 +131,8 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
         `Callable`: `choose`.
 
     Raises:
-        ValueError: if the name is one of this package's, or `gradient` is none of its values.
+        ValueError: if the name is one of this package's, `gradient` none of its values, or a default that of another
+            field.
         TypeError: if `choose` cannot be called, or a property is not an attribute of [`Method`].
     """
     if choose is None:
@@ -137,6 +145,12 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
         raise ValueError(
             f"register_method({name!r}): gradient={properties['gradient']!r} is not allowed: it must be None, "
             "'active' or 'dense'."
+        )
+    odd = [field for field in properties.get("defaults", ()) if field not in DEFAULTED]
+    if odd:
+        raise ValueError(
+            f"register_method({name!r}): defaults has {odd[0]!r}, and a method may give defaults of "
+            f"{', '.join(DEFAULTED)} only."
         )
     METHODS[name] = Method(choose, **properties)
     _OWN.add(name)

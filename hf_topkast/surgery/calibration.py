@@ -1,6 +1,7 @@
 """How large the inputs of each layer are on a user's data: what a score of weights by their effect needs."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,34 +31,8 @@ def input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
         ValueError: if there is no batch, if one does not fit the model, or if a layer got no input; the message says
             which.
     """
-    if isinstance(batches, Mapping | Tensor):
-        batches = [batches]
     squares = {name: InputSquares(layer.weight.device) for name, layer in layers.items()}
-    mask: Tensor | None = None
-
-    def see(name: str):
-        def hook(module, args, kwargs):
-            x = args[0] if args else kwargs["input"]
-            fits = mask is not None and x.shape[:-1] == mask.shape
-            squares[name].add(x[mask.to(x.device)] if fits else x)
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(see(name), with_kwargs=True) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    count = 0
-    try:
-        device = next(model.parameters()).device
-        for count, batch in enumerate(batches, start=1):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            mask = None if mask is None else mask.bool()
-            _run(model, batch, count, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    count = run_batches(model, layers, batches, lambda name, x: squares[name].add(x))
     if not count:
         raise ValueError("calibration has no batch: give a few inputs of the model, such as those of its training.")
     unseen = [name for name, seen in squares.items() if not seen.tokens]
@@ -67,6 +42,74 @@ def input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
             "weights cannot be scored. Give more or other batches, or name it in exclude_modules."
         )
     return {name: _without_zeros(seen.mean().sqrt()) for name, seen in squares.items()}
+
+
+@torch.no_grad()
+def run_batches(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    see: Callable[[str, Tensor], None],
+    stop_early: bool = False,
+) -> int:
+    """
+    Runs a model in evaluation mode, and shows the inputs of some layers, (tokens, in), without padding.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        layers (`Mapping[str, torch.nn.Module]`): the layers, by name.
+        batches (`Iterable`): as [`input_norms`] says.
+        see (`Callable`): gets a layer's name and its input.
+        stop_early (`bool`, *optional*, defaults to `False`): whether a batch ends once all layers have seen it.
+
+    Returns:
+        `int`: the number of batches.
+
+    Raises:
+        ValueError: if a batch does not fit the model.
+    """
+    mask: Tensor | None = None
+    missing: set[str] = set()
+
+    def hook_of(name: str):
+        def hook(module, args, kwargs):
+            x = args[0] if args else kwargs["input"]
+            fits = mask is not None and x.shape[:-1] == mask.shape
+            see(name, x[mask.to(x.device)] if fits else x)
+
+        return hook
+
+    def after(name: str):
+        def hook(module, args, output):
+            missing.discard(name)
+            if stop_early and not missing:
+                raise _Seen
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in layers.items()]
+    hooks += [layer.register_forward_hook(after(name)) for name, layer in layers.items()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    count = 0
+    try:
+        device = next(model.parameters()).device
+        for count, batch in enumerate([batches] if isinstance(batches, Mapping | Tensor) else batches, start=1):
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = None if mask is None else mask.bool()
+            missing.update(layers)
+            with contextlib.suppress(_Seen):
+                _run(model, batch, count, device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return count
+
+
+class _Seen(Exception):
+    """All layers have seen the batch."""
 
 
 def _without_zeros(norms: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The swap of dense layers for sparse ones, and back, and what a sparse model carries as a whole."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from ..layers import TopKastLayer, sparse_type
 from ..method import get_method
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
-from ..storage import NOWHERE, scored
+from ..storage import NOWHERE, pack_bits, scored, unpack_bits
 from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .cautions import check_blocks, check_not_quantized, warn_of_a_cut
+from .correction import correct_in_order, corrected
 from .targets import find_targets
 
 
@@ -58,6 +59,7 @@ def sparsify(
     config: TopKastConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    correct: bool = False,
     **settings,
 ) -> nn.Module:
     """
@@ -74,6 +76,9 @@ def sparsify(
             ids, (batch, tokens). The model runs on them once, and its first sets are those of the largest weights by
             magnitude times that of their inputs, within each row, which costs a pretrained model far less than
             magnitude alone. It stands for `score="activation"`.
+        correct (`bool`, *optional*, defaults to `False`): whether the weights that stay are changed to make up for
+            those that go, by least squares over the calibration's inputs (SparseGPT). It runs the model once more for
+            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers.
         settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
 
     Returns:
@@ -103,8 +108,10 @@ def sparsify(
             "score='activation' ranks weights by the inputs that the batches of calibration=... bring about, and only "
             "it uses them. Give both, or neither."
         )
+    if correct and calibration is None:
+        raise ValueError("correct=True makes up for weights that go by the inputs of calibration=...: give batches.")
     if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
-        sparsify(model._orig_mod, config, calibration=calibration)
+        sparsify(model._orig_mod, config, calibration=calibration, correct=correct)
         return model
     already = [name for name, _ in sparse_layers(model)]
     if already:
@@ -128,6 +135,8 @@ def sparsify(
         check_finite(dense.weight.detach(), name)
         check_blocks(name, weight_rows(dense).shape, config.block_size)
     plan = SetPlan(model, {name: tuple(weight_rows(dense).shape) for name, dense in targets.items()}, config)
+    if correct:
+        calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
     norms = {} if calibration is None else input_norms(model, targets, calibration)
     nonzero = config.density == "nonzero"
 
@@ -136,13 +145,29 @@ def sparsify(
         return weight if nonzero else scored(weight, norms.get(name))
 
     sizes = plan.sizes(left=1.0, exploring=True, read=read)
-    for name in list(targets):
+    # All sets before the first swap, a bit for each weight, so that a method that fails leaves the model as it was.
+    def choose(name: str) -> list[Tensor]:
+        masks = plan.choose(name, scored(weight_rows(targets[name]), norms.get(name)), sizes[name])
+        return [pack_bits(mask) for mask in masks]
+
+    chosen = {name: choose(name) for name in targets}
+
+    def swap(name: str, gram: Tensor | None = None):
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
-        active, backward = plan.choose(name, scored(weight_rows(dense), norms.get(name)), sizes[name])
+        theta = weight_rows(dense)
+        active, backward = (unpack_bits(bits, theta.numel()).view(theta.shape) for bits in chosen.pop(name))
         warn_of_lost_hooks(name, dense.weight)
         layer = make_sparse(dense, active, backward, config)
         layer.input_norms = norms.get(name)
+        if gram is not None:
+            layer.reassign(active, backward, corrected(theta, active, gram))
         replace_module(model, dense, layer)
+
+    if correct:
+        correct_in_order(model, list(targets), calibration, swap)
+    else:
+        for name in list(targets):
+            swap(name)
     mark_sparse(model, SparseInfo(config))
     _log_summary(model)
     warn_of_a_cut(model, config)

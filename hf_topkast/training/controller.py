@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..layers import TopKastLayer
 from ..storage import local, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
+from . import powerprop
 from .changes import ValueChanges, active_here
 from .engines import check_engine, find_ddp
 from .optimizers import check_optimizer, unwrap_optimizer
@@ -247,7 +248,10 @@ class TopKastController:
         for layer in self.layers.values():
             if not layer.values.requires_grad:
                 continue
-            part = penalty_of(local(layer.values), active_here(layer), self._density)
+            values = local(layer.values)
+            if self.config.powerprop_alpha != 1:
+                values = powerprop.trained(values, self.config.powerprop_alpha)
+            part = penalty_of(values, active_here(layer), self._density)
             total += float(sum_over_ranks(part, layer.values))
         return self.config.penalty / 2 * total
 

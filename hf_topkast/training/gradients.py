@@ -68,11 +68,9 @@ class GradientWatch:
         count = len(range(out_features)[rows]) if isinstance(rows, slice) else len(rows)
         total = torch.zeros(count, in_features, dtype=dtype, device=self.layer.values.device)
         for x, dy in self._pairs:
-            x = x.to(dy.dtype)  # as autocast has it; layers that share an input keep one tensor
-            if x.dtype == dtype:
-                total.addmm_(dy[:, rows].mT, x)
-            else:
-                total += dy[:, rows].mT @ x
+            # In half precision many would tie, and sums could overflow. Inputs are kept as they came: several layers
+            # share one tensor.
+            total.addmm_(dy[:, rows].mT.to(dtype), x.to(dy.dtype).to(dtype))
         return self._over_ranks(total)
 
     def at(self, pattern: Pattern) -> Tensor:
@@ -145,7 +143,10 @@ class PartGradients:
         whole[self._rows] = among
         mask = spread_blocks(whole, (self._height, self._width))
         gradient = self._watch.at(Pattern.from_masks(mask, mask, (self._height, self._width)))
-        scores = gradient.view(-1, self._height * self._width).double().square().sum(1).sqrt()
+        if (self._height, self._width) == (1, 1):
+            scores = gradient.abs_()
+        else:
+            scores = gradient.view(-1, self._height * self._width).double().square().sum(1).sqrt()
         return scores, among.flatten().nonzero().squeeze(1)  # rows of a part ascend, so both have one order
 
     def _norms(self, gradient: Tensor) -> Tensor:

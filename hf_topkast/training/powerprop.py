@@ -8,9 +8,14 @@ become φ for the optimizer's update alone; |φ| and |θ| have one order, so the
 from torch import Tensor
 
 
+def trained(values: Tensor, alpha: float) -> Tensor:
+    """φ = sign(θ)·|θ|^(1/α)."""
+    return values.sign() * values.abs().pow(1 / alpha)
+
+
 def to_trained(values: Tensor, alpha: float):
-    """θ to φ = sign(θ)·|θ|^(1/α), in place."""
-    values.copy_(values.sign() * values.abs().pow(1 / alpha))
+    """θ to φ, in place."""
+    values.copy_(trained(values, alpha))
 
 
 def to_weights(values: Tensor, alpha: float):

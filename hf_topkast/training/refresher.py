@@ -104,6 +104,7 @@ class Refresher:
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
         self._watches = self._make_watches()
+        self._unseen: set[str] = set()  # layers that the step gave none of the gradients that the method needs
         scored = {name: layer for name, layer in layers.items() if layer.input_norms is not None}
         self._inputs = {name: InputSquares(layer.input_norms.device) for name, layer in scored.items()}
         self.seconds: float | None = None
@@ -139,7 +140,7 @@ class Refresher:
         """
         if self._is_due(step):
             self._check_numbers()
-            self._check_watches(step)
+            self._check_gradients(step)
 
     def after_step(self, step: int) -> bool:
         """
@@ -175,7 +176,7 @@ class Refresher:
         Raises:
             ValueError: if the method needs gradients, which only a step that ends in a refresh has.
         """
-        self._check_watches(step)
+        self._check_gradients(step)
 
     def refresh(self, step: int) -> bool:
         """
@@ -193,6 +194,8 @@ class Refresher:
         members, left = {}, {}
         for name, layer, theta in self._thetas():
             was_active = layer.pattern.active_mask()
+            if name in self._unseen:
+                continue
             if chosen is None:
                 present = self._present(step, layer, self._gradients_of(name))
                 active, backward = self._plan.choose(name, layer.scored(theta), sizes[name], present)
@@ -204,7 +207,7 @@ class Refresher:
         if self._ddp is not None and stored != self._stored():
             rebuild_buckets(self._ddp)
         self.layer_churn = {name: left[name] / count for name, count in members.items()}
-        self.mask_churn = sum(left.values()) / sum(members.values())
+        self.mask_churn = sum(left.values()) / max(1, sum(members.values()))
         self.seconds = time.perf_counter() - start
         return True
 
@@ -307,16 +310,29 @@ class Refresher:
             return None
         return partial(PartGradients, self.layers[name], self._watches.get(name))
 
-    def _check_watches(self, step: int):
-        """Whether the passes of this step went through the layers, before anything changes."""
-        unseen = [name for name in self._moving() if name in self._watches and not self._watches[name].passes()]
-        if unseen and self._watches:
-            raise ValueError(
-                f"method={self.config.method!r} needs the gradients of step {step}, and layer '{unseen[0]}' has none "
-                f"({len(unseen)} such layers): no backward pass went through its forward since the last step. If the "
-                "model multiplies by its weight itself or leaves it out, name it in exclude_modules; or use a method "
-                "that needs no gradient (topkast, set)."
-            )
+    def _check_gradients(self, step: int):
+        """
+        Before anything changes, which layers have the gradients that the method needs. One that the model has left out
+        of this step keeps its sets.
+        """
+        moving = self._moving()
+        if self._plan.method.gradient == "active":
+            self._unseen = {name for name, layer in moving.items() if layer.values.grad is None}
+            problem = self._gradient_problem(step, list(self._unseen)) if len(self._unseen) == len(moving) else None
+        else:
+            self._unseen = {name for name in moving if name in self._watches and not self._watches[name].passes()}
+            used = [name for name in self._unseen if _has_gradient(moving[name])]
+            nothing = moving and len(self._unseen) == len(moving)
+            problem = self._gradient_problem(step, used or list(self._unseen)) if used or nothing else None
+        raise_together(problem, self._group)
+
+    def _gradient_problem(self, step: int, names: list[str]) -> ValueError:
+        return ValueError(
+            f"method={self.config.method!r} needs the gradients of step {step}, and layer '{min(names)}' has none "
+            f"({len(names)} such layers): no backward pass went through its forward since the last step. If the model "
+            "multiplies by its weight itself, name it in exclude_modules; or use a method that needs no gradient "
+            "(topkast, set)."
+        )
 
     def _check_reservoirs(self):
         """Whether the layers store outside B what the method gives new weights."""
@@ -397,3 +413,7 @@ class Refresher:
         former = layer.values.numel()
         sources = layer.reassign(active, backward, theta)
         carry_state(self.optimizer, layer.values, sources, former, self.config.new_state, self.config.lr_scale)
+
+
+def _has_gradient(layer: TopKastLayer) -> bool:
+    return layer.values.grad is not None and bool(local(layer.values.grad).any())

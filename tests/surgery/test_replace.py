@@ -9,8 +9,8 @@ from toy_models import make_gpt2, make_llama, token_batches
 from hf_topkast import TopKastConfig, densify, sparsify
 from hf_topkast.layers.linear import TopKastConv1D, TopKastLinear
 from hf_topkast.method import METHODS, Method
-from hf_topkast.sets.methods.topkast import choose
-from hf_topkast.surgery import sparse_info, sparse_layers
+from hf_topkast.sets.selection import top_mask
+from hf_topkast.surgery import replace, sparse_info, sparse_layers
 
 
 def names(model):
@@ -203,6 +203,18 @@ def test_a_part_of_a_model_is_enough():
     assert sparse_info(model) is sparse_info(model.transformer)
 
 
+def test_a_method_that_fails_at_a_later_layer_leaves_the_model_as_it_was(monkeypatch):
+    seen = []
+
+    def fail(view):
+        seen.append(view)
+        return top_mask(view.theta.abs(), view.size if len(seen) < 5 else 0)
+
+    monkeypatch.setitem(METHODS, "failing", Method(fail))
+    check_refused(make_gpt2(), lambda model: sparsify(model, density=0.2, method="failing"), "method='failing' gave")
+    assert len(seen) == 5
+
+
 def test_dense_layers_are_freed_one_by_one(monkeypatch):
     model = make_gpt2()
     dense = [weakref.ref(module) for module in model.modules() if type(module).__name__ == "Conv1D"]
@@ -210,10 +222,11 @@ def test_dense_layers_are_freed_one_by_one(monkeypatch):
 
     def watch(*args):
         alive.append(sum(reference() is not None for reference in dense))
-        return choose(*args)
+        return made(*args)
 
-    monkeypatch.setitem(METHODS, "watched", Method(watch))
-    sparsify(model, density=0.2, method="watched")
+    made = replace.make_sparse
+    monkeypatch.setattr(replace, "make_sparse", watch)
+    sparsify(model, density=0.2)
     assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
 
 

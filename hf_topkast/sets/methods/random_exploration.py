@@ -1,4 +1,4 @@
-"""`topkast_random`: Top-KAST with B\\A at random, the ablation of Jayakumar et al. 2020, §4.1 and table 3."""
+"""`topkast_random`: Top-KAST with B\\A at random for the next largest, an ablation of Jayakumar et al. 2020."""
 
 from torch import Tensor
 

@@ -6,8 +6,15 @@ weight's own entry, and 100 steps of warm-up. They also take a learning rate in 
 `lr_scale` here.
 """
 
+from ...config import TopKastConfig
 from ...method import Method
 from .set_ import choose
+
+
+def _drop_end(config: TopKastConfig) -> float:
+    """0.5% of A, where the share falls and was more at first."""
+    falls = config.drop_decay in (None, "cosine")
+    return min(0.005, 0.005 if config.drop_share is None else config.drop_share) if falls else 0.0
 
 
 METHOD = Method(
@@ -15,7 +22,7 @@ METHOD = Method(
     keeps_values=False,
     defaults={
         "drop_share": 0.2,
-        "drop_end": 0.005,
+        "drop_end": _drop_end,
         "drop_decay": "cosine",
         "update_until": 1.0,
         "new_state": "fresh",

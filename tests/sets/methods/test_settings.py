@@ -130,16 +130,43 @@ def test_a_refresh_by_hand_has_no_gradients(method):
     assert controller.mask_churn > 0
 
 
-def test_a_layer_that_is_passed_by_is_named_before_anything_changes():
+@pytest.mark.parametrize("method", ["rigl", "gse", "mest"])
+def test_a_layer_that_a_step_passes_by_keeps_its_sets(method):
+    model = sparsify(make_gpt2(), method=method, refresh_every=1, update_until=100, drop_share=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = TopKastController(model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    model.transformer.h[1].mlp.forward = lambda x: x
+    loss_of(model, token_batches(1)[0]).backward()
+    optimizer.step()
+    same = {key: torch.equal(one, before[key]) for key, one in model.state_dict().items() if "columns" in key}
+    assert [key for key, equal in same.items() if equal] == [
+        f"transformer.h.1.mlp.{n}.columns" for n in ("c_fc", "c_proj")
+    ]
+    assert set(controller.layer_churn) == {key.removesuffix(".columns") for key, equal in same.items() if not equal}
+
+
+def test_a_layer_whose_weight_is_multiplied_by_elsewhere_is_named_before_anything_changes():
     model = sparsify(make_gpt2(), method="rigl", refresh_every=1, update_until=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     TopKastController(model, optimizer)
     before = copy.deepcopy(model.state_dict())
-    model.transformer.h[1].mlp.forward = lambda x: x
+    layer = model.transformer.h[1].mlp.c_fc
+    layer.forward = lambda x: x @ layer.weight + layer.bias
     loss_of(model, token_batches(1)[0]).backward()
-    with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc.*2 such layers"):
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc.*1 such layers.*exclude_modules"):
         optimizer.step()
     assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+
+
+def test_fields_that_follow_others_are_no_errors():
+    assert TopKastConfig(method="smet", drop_share=0.001).drop_end == 0.001
+    assert TopKastConfig(method="smet", drop_decay="constant").drop_end == 0
+    with pytest.raises(ValueError, match="drop_end=0.1.*drop_decay='constant'"):
+        TopKastConfig(method="set", drop_decay="constant", drop_end=0.1)
+    with pytest.raises(ValueError, match="defaults has 'lr_scale'"):
+        register_method("own", by_columns, defaults={"lr_scale": 3.0})
+    assert "own" not in METHODS
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""
+Weights that stay, corrected for those that go: least squares over a layer's own inputs (SparseGPT, arXiv 2301.00774).
+
+The error of an output is xᵀ(w − ŵ), so what removing a weight does can be made up for by weights whose inputs go with
+its own, as the inputs' Gram matrix says. Blocks of the model are corrected one after the other, each for the inputs
+that the ones before it, already sparse, give it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import run_batches
+
+
+# Share of the mean diagonal that is added to the Gram matrix's, and columns that are swept before the rest follows.
+DAMPING, COLUMNS = 0.01, 128
+
+
+def corrected(weight: Tensor, keep: Tensor, gram: Tensor) -> Tensor:
+    """
+    The weights that stay, changed so that the layer's outputs come as near as a sweep over columns can get them.
+
+    Args:
+        weight (`torch.Tensor`): (out, in).
+        keep (`torch.Tensor`): bool, (out, in): the weights that stay.
+        gram (`torch.Tensor`): Σ x·xᵀ over tokens, (in, in), float32 or wider.
+
+    Returns:
+        `torch.Tensor`: (out, in), as `weight` outside of `keep`, in its dtype.
+    """
+    wide = weight.to(gram.dtype, copy=True)
+    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    for begin in range(0, len(gram), COLUMNS):
+        part = slice(begin, begin + COLUMNS)
+        columns, corner = wide[:, part], upper[part, part]
+        errors = torch.zeros_like(columns)
+        for place in range(columns.shape[1]):
+            error = columns[:, place].masked_fill(keep[:, begin + place], 0) / corner[place, place]
+            columns[:, place:] -= error[:, None] * corner[place, place:]
+            errors[:, place] = error
+        wide[:, begin + COLUMNS :] -= errors @ upper[part, begin + COLUMNS :]
+    return torch.where(keep, wide.to(weight.dtype), weight)
+
+
+def correct_in_order(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Any],
+    replace: Callable[[str, Tensor], None],
+):
+    """
+    Takes the layers of a model block by block, and gives each with its Gram matrix to `replace`.
+
+    Args:
+        model (`torch.nn.Module`): the model, of which `replace` changes the layers.
+        names (`Sequence[str]`): the layers, in the order in which the model runs them.
+        batches (`Sequence`): inputs of the model.
+        replace (`Callable`): takes a layer's name and its Gram matrix, (in, in).
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(_block_of(name), []).append(name)
+    for members in blocks.values():
+        grams: dict[str, Tensor] = {}
+
+        def see(name: str, x: Tensor, grams: dict[str, Tensor] = grams):
+            rows = x.reshape(-1, x.shape[-1])
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            grams[name] = rows.mT @ rows if name not in grams else grams[name].addmm_(rows.mT, rows)
+
+        run_batches(model, {name: model.get_submodule(name) for name in members}, batches, see, stop_early=True)
+        for name in members:
+            replace(name, grams.pop(name))
+
+
+def _block_of(name: str) -> str:
+    """The part of a name up to its first number: `model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    path = name.split(".")
+    number = next((place for place, part in enumerate(path) if part.isdigit()), len(path))
+    return ".".join(path[: number + 1])
