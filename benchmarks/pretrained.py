@@ -4,7 +4,7 @@ Fine-tunes a pretrained model to a density in several ways, at equal tokens: per
     python -m benchmarks.pretrained MODEL TRAIN VALID --json FILE [--only NAME ...] [--densities 0.5] [--steps 500]
 
 MODEL is a directory of a causal language model with its tokenizer; TRAIN and VALID are text files. Each run appends a
-line to FILE; runs that stand there with the same settings are passed over, so that it can be stopped and started again.
+line to FILE; runs that stand there with the same settings are passed over, so it can be stopped and started again.
 Every run sees the same windows in the same order: AdamW (β 0.9 and 0.95), 5% warm-up, cosine, clipping at 1.
 Perplexity is per token, over consecutive windows of VALID, of which all tokens but each window's first are predicted.
 """

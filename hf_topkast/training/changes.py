@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
@@ -10,6 +11,9 @@ from ..storage import local, prefix_here
 from . import powerprop
 from .cold_start import correct_changes, note_start
 from .penalty import add_penalty, shrink
+
+
+logger = logging.get_logger(__name__)
 
 
 class ValueChanges:
@@ -26,19 +30,24 @@ class ValueChanges:
         self.layers, self.config, self.optimizer = layers, config, optimizer
         self._alpha = config.powerprop_alpha
         self._before: dict[str, Tensor] = {}  # values of B\A, while their change is to be scaled
+        self._told = False
         self._trained: list[str] = []  # layers whose values are φ now
 
-    def begin(self, density: float):
+    def begin(self, density: float, compare: bool = False):
         """
         Between the loss's gradients and the optimizer's update.
 
         Args:
             density (`float`): what the penalty of the exploration set is divided by.
+            compare (`bool`, *optional*, defaults to `False`): whether to look how hard the penalty pulls, and to say
+                so, once, if it is half as hard as the loss or more.
 
         Raises:
             ValueError: if the optimizer does not hold the values of a layer that has a gradient.
         """
         groups = self._groups()
+        if compare and self.config.penalty_mode == "coupled" and not self._told:
+            self._compare_penalty(density)
         for name, layer in self.layers.items():
             if layer.values.grad is None:
                 continue
@@ -75,6 +84,23 @@ class ValueChanges:
         for name in self._trained:
             powerprop.to_weights(local(self.layers[name].values), self._alpha)
         self._trained.clear()
+
+    def _compare_penalty(self, density: float):
+        """Of weights with a gradient on this rank, in root mean squares over B."""
+        pull = loss = 0.0
+        for layer in (layer for layer in self.layers.values() if layer.values.grad is not None):
+            values, gradient = local(layer.values), local(layer.values.grad)
+            change = torch.zeros_like(values)
+            add_penalty(change, values, active_here(layer), density, self.config.penalty, None)
+            pull += float(change.float().square().sum())
+            loss += float(gradient.float().square().sum())
+        if getattr(self.optimizer, "grad_scale", None) is None and pull > loss / 4 > 0:
+            self._told = True
+            logger.warning(
+                f"The exploration penalty (penalty={self.config.penalty}) pulls at the sparse values with "
+                f"{(pull / loss) ** 0.5:.1f} times the force of the loss's gradient (root mean squares), always "
+                "towards zero. For pretrained weights, set penalty=0 or less than it is."
+            )
 
     def _groups(self) -> dict[int, dict]:
         return {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}

@@ -133,7 +133,7 @@ class TopKastController:
             self._refresher.before_step(self.step + 1)
         self._groups.begin()
         if closure is None:
-            self._changes.begin(self._density)
+            self._changes.begin(self._density, self._refresher.is_due(self.step + 1))
             return None
 
         def closure_and_changes():
@@ -141,7 +141,7 @@ class TopKastController:
             loss = closure()
             with torch.no_grad():
                 self._refresher.before_step(self.step + 1)
-                self._changes.begin(self._density)
+                self._changes.begin(self._density, self._refresher.is_due(self.step + 1))
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}

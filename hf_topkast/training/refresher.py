@@ -138,7 +138,7 @@ class Refresher:
         Raises:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
-        if self._is_due(step):
+        if self.is_due(step):
             self._check_numbers()
             self._check_gradients(step)
 
@@ -147,12 +147,12 @@ class Refresher:
         Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead. Says whether
         layers got other weights.
         """
-        changed = self._is_due(step) and self.refresh(step)
+        changed = self.is_due(step) and self.refresh(step)
         if step == self.exploration_end:
             self.end_exploration()
             changed = True
         coming = self._next(step)
-        if self.config.refresh_lag and coming == step + self.config.refresh_lag and self._is_due(coming):
+        if self.config.refresh_lag and coming == step + self.config.refresh_lag and self.is_due(coming):
             self._choose_ahead(coming)
         return changed
 
@@ -161,7 +161,7 @@ class Refresher:
         Before the passes of optimizer step `step`: has the layers keep what the refresh after it will need of them,
         and no longer what an earlier one needed. `None`: there will be no step.
         """
-        due = step is not None and self._is_due(step)
+        due = step is not None and self.is_due(step)
         for name, squares in self._inputs.items():
             squares.forget()
             self.layers[name].input_watch = squares if due and self.layers[name].values.requires_grad else None
@@ -278,7 +278,7 @@ class Refresher:
         """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether step `step` ends in a refresh."""
         method, end = self._plan.method, self._last_exchange
         if not method.refreshes or self._next(step - 1) != step:

@@ -1,6 +1,10 @@
+import logging
+
 import pytest
 import torch
+from toy_models import make_gpt2, token_batches
 
+from hf_topkast import TopKastController, sparsify
 from hf_topkast.training.penalty import add_penalty, penalty_of, shrink
 
 
@@ -28,3 +32,18 @@ def test_shrink():
     values = VALUES.clone()
     shrink(values, ACTIVE, DENSITY, 0.1)
     torch.testing.assert_close(values, VALUES * (1 - 0.1 * FACTORS))
+
+
+@pytest.mark.parametrize(("strength", "says"), [(1e-6, False), (10.0, True)])
+def test_a_penalty_that_pulls_as_hard_as_the_loss_is_said_once(strength, says, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_topkast"), "propagate", True)
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2, penalty=strength)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    TopKastController(model, optimizer)
+    for tokens in token_batches(4):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [record.message for record in caplog.records if "exploration penalty" in record.message]
+    assert len(said) == says
+    assert all("penalty=10.0) pulls" in message and "penalty=0" in message for message in said)
