@@ -59,6 +59,25 @@ def train(
         torch.save(state, Path(directory) / "report.pt")
 
 
+def distil(directory: str, **settings):
+    """As `train`, of a student on rows of different lengths; rank 0 writes what it has and logged to `report.pt`."""
+    from test_distillation import losses, make_distillation  # (which imports `ranks`)
+
+    sharded = FSDP.keys() <= os.environ.keys()
+    if sharded:
+        pass_for_gpus()
+    trainer = make_distillation(directory, use_cpu=False, max_steps=4, optim="sgd", learning_rate=0.1, **settings)
+    trainer.train()
+    assert trainer.is_fsdp_enabled == sharded
+    assert not any(is_sharded(parameter) for parameter in trainer.teacher.parameters())
+    state = whole(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.is_world_process_zero():
+        state["ranks"] = torch.tensor(trainer.args.world_size)
+        parts = [logs[f"distill/{part}"] for logs in losses(trainer) for part in ("task", "logits", "hidden")]
+        state["parts"] = torch.tensor(parts)
+        torch.save(state, Path(directory) / "report.pt")
+
+
 def pass_for_gpus():
     """Lets Accelerate use FSDP2 on CPUs, which torch can do and Accelerate does not offer: it silently takes DDP."""
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)

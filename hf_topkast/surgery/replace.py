@@ -145,6 +145,7 @@ def sparsify(
         return weight if nonzero else scored(weight, norms.get(name))
 
     sizes = plan.sizes(left=1.0, exploring=True, read=read)
+
     # All sets before the first swap, a bit for each weight, so that a method that fails leaves the model as it was.
     def choose(name: str) -> list[Tensor]:
         masks = plan.choose(name, scored(weight_rows(targets[name]), norms.get(name)), sizes[name])

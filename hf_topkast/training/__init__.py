@@ -9,6 +9,8 @@ from .averaged_model import TopKastAveragedModel
 from .averages import average_models
 from .callback import TopKastCallback
 from .controller import TopKastController
+from .distillation import TopKastDistillationMixin, TopKastDistillationTrainer
+from .distillation_loss import TopKastDistillationConfig
 from .ema import TopKastEMACallback
 from .optimizer_states import register_optimizer
 from .trainer import TopKastTrainer, TopKastTrainerMixin
@@ -18,6 +20,9 @@ __all__ = [
     "TopKastAveragedModel",
     "TopKastCallback",
     "TopKastController",
+    "TopKastDistillationConfig",
+    "TopKastDistillationMixin",
+    "TopKastDistillationTrainer",
     "TopKastEMACallback",
     "TopKastTrainer",
     "TopKastTrainerMixin",

@@ -28,7 +28,6 @@ from ..sets import (
 from ..storage import (
     NOWHERE,
     Arriving,
-    InputSquares,
     Moment,
     check_agreement,
     local,
@@ -38,14 +37,12 @@ from ..storage import (
 )
 from .ahead import Choice, choose_ahead, unpacked
 from .engines import check_lag, check_resizing, rebuild_buckets
-from .gradients import GradientWatch, PartGradients
+from .observer import StepObserver
 from .optimizers import carry_state, check_outside_changes, check_state
 
 
 logger = logging.get_logger(__name__)
 
-# Share of the old mean squares of inputs that a refresh keeps (`score="activation"`).
-KEPT_SQUARES = 0.9
 # What the sets depend on beside the weights, the step and the schedules.
 CHOOSING_SETTINGS = (
     *("method", "density", "backward_density", "initial_density"),
@@ -103,10 +100,7 @@ class Refresher:
             )
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
-        self._watches = self._make_watches()
-        self._unseen: set[str] = set()  # layers that the step gave none of the gradients that the method needs
-        scored = {name: layer for name, layer in layers.items() if layer.input_norms is not None}
-        self._inputs = {name: InputSquares(layer.input_norms.device) for name, layer in scored.items()}
+        self._observer = StepObserver(layers, config, self._group)
         self.seconds: float | None = None
         self._choice: Choice | None = None
 
@@ -140,7 +134,7 @@ class Refresher:
         """
         if self.is_due(step):
             self._check_numbers()
-            self._check_gradients(step)
+            self._observer.check(step)
 
     def after_step(self, step: int) -> bool:
         """
@@ -161,13 +155,7 @@ class Refresher:
         Before the passes of optimizer step `step`: has the layers keep what the refresh after it will need of them,
         and no longer what an earlier one needed. `None`: there will be no step.
         """
-        due = step is not None and self.is_due(step)
-        for name, squares in self._inputs.items():
-            squares.forget()
-            self.layers[name].input_watch = squares if due and self.layers[name].values.requires_grad else None
-        for name, watch in self._watches.items():
-            watch.forget()
-            self.layers[name].gradient_watch = watch if due and self.layers[name].values.requires_grad else None
+        self._observer.expect(step is not None and self.is_due(step))
 
     def before_refresh(self, step: int):
         """
@@ -176,7 +164,7 @@ class Refresher:
         Raises:
             ValueError: if the method needs gradients, which only a step that ends in a refresh has.
         """
-        self._check_gradients(step)
+        self._observer.check(step)
 
     def refresh(self, step: int) -> bool:
         """
@@ -188,16 +176,16 @@ class Refresher:
             return False
         start = time.perf_counter()
         self._check_numbers()
-        self._follow_inputs()
+        self._observer.follow_inputs()
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
         members, left = {}, {}
         for name, layer, theta in self._thetas():
             was_active = layer.pattern.active_mask()
-            if name in self._unseen:
+            if name in self._observer.unseen:
                 continue
             if chosen is None:
-                present = self._present(step, layer, self._gradients_of(name))
+                present = self._present(step, layer, self._observer.gradients_of(name))
                 active, backward = self._plan.choose(name, layer.scored(theta), sizes[name], present)
             else:
                 active, backward = unpacked(chosen.pop(name), layer)
@@ -290,50 +278,6 @@ class Refresher:
         drop = drop_share_at(step, self.config, self._last_exchange)
         return Present(step, layer.pattern.active_mask(), layer.pattern.backward_mask(), drop, gradients)
 
-    def _follow_inputs(self):
-        """Takes the inputs of the step into the running mean squares that weights are scored with."""
-        for name, squares in self._inputs.items():
-            norms = self.layers[name].input_norms
-            squares.over_ranks(norms, self._group)
-            if squares.tokens:
-                mean = KEPT_SQUARES * norms.square() + (1 - KEPT_SQUARES) * squares.mean().to(norms)
-                norms.copy_(mean.sqrt())
-
-    def _make_watches(self) -> dict[str, GradientWatch]:
-        if self._plan.method.gradient != "dense":
-            return {}
-        return {name: GradientWatch(layer, self._group) for name, layer in self.layers.items()}
-
-    def _gradients_of(self, name: str) -> Any:
-        """The gradients of a layer's parts, where the method needs them."""
-        if self._plan.method.gradient is None:
-            return None
-        return partial(PartGradients, self.layers[name], self._watches.get(name))
-
-    def _check_gradients(self, step: int):
-        """
-        Before anything changes, which layers have the gradients that the method needs. One that the model has left out
-        of this step keeps its sets.
-        """
-        moving = self._moving()
-        if self._plan.method.gradient == "active":
-            self._unseen = {name for name, layer in moving.items() if layer.values.grad is None}
-            problem = self._gradient_problem(step, list(self._unseen)) if len(self._unseen) == len(moving) else None
-        else:
-            self._unseen = {name for name in moving if name in self._watches and not self._watches[name].passes()}
-            used = [name for name in self._unseen if _has_gradient(moving[name])]
-            nothing = moving and len(self._unseen) == len(moving)
-            problem = self._gradient_problem(step, used or list(self._unseen)) if used or nothing else None
-        raise_together(problem, self._group)
-
-    def _gradient_problem(self, step: int, names: list[str]) -> ValueError:
-        return ValueError(
-            f"method={self.config.method!r} needs the gradients of step {step}, and layer '{min(names)}' has none "
-            f"({len(names)} such layers): no backward pass went through its forward since the last step. If the model "
-            "multiplies by its weight itself, name it in exclude_modules; or use a method that needs no gradient "
-            "(topkast, set)."
-        )
-
     def _check_reservoirs(self):
         """Whether the layers store outside B what the method gives new weights."""
         for name, layer in self.layers.items():
@@ -413,7 +357,3 @@ class Refresher:
         former = layer.values.numel()
         sources = layer.reassign(active, backward, theta)
         carry_state(self.optimizer, layer.values, sources, former, self.config.new_state, self.config.lr_scale)
-
-
-def _has_gradient(layer: TopKastLayer) -> bool:
-    return layer.values.grad is not None and bool(local(layer.values.grad).any())
