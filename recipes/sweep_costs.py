@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vocabulary import load_tokenizer
 
 from hf_topkast.checkpoints import last_whole_checkpoint
-from hf_topkast.sets import density_window, resolve_step, way_left
+from hf_topkast.sets import Timetable
 from hf_topkast.sets.schedule import backward_density_of, scheduled_density
 from hf_topkast.surgery.targets import find_targets
 
@@ -43,12 +43,12 @@ def estimate_training_flops(run: Run) -> float | None:
     if not model_args.sparse:
         return 6.0 * linear * tokens
     projections = sum(layer.weight.numel() for layer in find_targets(model, topkast).values())
-    window, until = density_window(topkast, steps), resolve_step("explore_until", topkast, steps)
+    timetable = Timetable.of(topkast, steps)
     flops = 0.0  # of a weight of the sparse layers, a token
     for moment in range(MOMENTS):
         step = (moment + 0.5) / MOMENTS * steps
-        density = scheduled_density(topkast.density, way_left(step, topkast, window), topkast)
-        backward = backward_density_of(density, topkast, exploring=until is None or step < until)
+        density = scheduled_density(topkast.density, timetable.way_left(step), topkast)
+        backward = backward_density_of(density, topkast, exploring=timetable.explores(step))
         flops += (4 * density + 2 * backward) / MOMENTS
     return tokens * (flops * projections + 6 * (linear - projections))
 

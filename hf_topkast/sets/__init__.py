@@ -7,8 +7,8 @@ Which weights are in A and B, and when that changes: pure functions of weights, 
 from ..method import METHODS, get_method
 from . import methods  # puts them into the table
 from .plan import Present, SetPlan, Sizes
-from .schedule import density_window, drop_share_at, next_refresh, resolve_step, way_left
 from .selection import check_finite
+from .timetable import Timetable
 
 
 __all__ = [
@@ -16,12 +16,8 @@ __all__ = [
     "Present",
     "SetPlan",
     "Sizes",
+    "Timetable",
     "check_finite",
-    "density_window",
-    "drop_share_at",
     "get_method",
     "methods",
-    "next_refresh",
-    "resolve_step",
-    "way_left",
 ]

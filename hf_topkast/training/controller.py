@@ -78,7 +78,7 @@ class TopKastController:
         self.step = 0
         self._see_layers()
         self._attach()
-        if self._refresher.exploration_end == 0:
+        if self._refresher.timetable.exploration_end == 0:
             self.end_exploration()
         self._refresher.expect(1)
 
@@ -133,7 +133,7 @@ class TopKastController:
             self._refresher.before_step(self.step + 1)
         self._groups.begin()
         if closure is None:
-            self._changes.begin(self._density, self._refresher.is_due(self.step + 1))
+            self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
             return None
 
         def closure_and_changes():
@@ -141,7 +141,7 @@ class TopKastController:
             loss = closure()
             with torch.no_grad():
                 self._refresher.before_step(self.step + 1)
-                self._changes.begin(self._density, self._refresher.is_due(self.step + 1))
+                self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}

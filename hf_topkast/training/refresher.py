@@ -14,17 +14,7 @@ from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
-from ..sets import (
-    Present,
-    SetPlan,
-    Sizes,
-    check_finite,
-    density_window,
-    drop_share_at,
-    next_refresh,
-    resolve_step,
-    way_left,
-)
+from ..sets import Present, SetPlan, Sizes, Timetable, check_finite
 from ..storage import (
     NOWHERE,
     Arriving,
@@ -65,7 +55,7 @@ class Refresher:
         total_steps (`int`, *optional*): optimizer steps of the training.
 
     Attributes:
-        exploration_end (`int`, *optional*): the step after which B is A.
+        timetable ([`Timetable`]): when it does.
         mask_churn (`float`, *optional*): share of A's members that left it at the last refresh.
         layer_churn (`dict[str, float]`, *optional*): the same, by layer.
         seconds (`float`, *optional*): how long training waited for the last refresh.
@@ -89,11 +79,10 @@ class Refresher:
         self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
         self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
         self._check_reservoirs()
-        self.exploration_end = resolve_step("explore_until", config, total_steps)
-        self._last_exchange = resolve_step("update_until", config, total_steps)
-        self._density_window = density_window(config, total_steps)
+        self.timetable = Timetable.of(config, total_steps)
         self._arrived = config.initial_density is not None and self._is_at_final_density()
-        if total_steps is not None and self._density_window is not None and self._density_window[1] > total_steps:
+        window = self.timetable.density_window
+        if total_steps is not None and window is not None and window[1] > total_steps:
             logger.warning(
                 f"schedule_end={config.schedule_end!r} lies after the last of {total_steps} steps, so this "
                 f"training does not reach density={config.density}. Give an earlier schedule_end."
@@ -113,9 +102,9 @@ class Refresher:
         """
         explores = any(layer.backward_density > layer.density for layer in self._moving().values())
         setting = None
-        if self.exploration_end is not None and explores:
+        if self.timetable.exploration_end is not None and explores:
             setting = f"explore_until={self.config.explore_until!r}"
-        elif self._density_window is not None and not self._arrived:
+        elif self.timetable.density_window is not None and not self._arrived:
             setting = f"initial_density={self.config.initial_density!r}"
         elif self.config.distribution == "global":
             setting = "distribution='global'"
@@ -132,7 +121,7 @@ class Refresher:
         Raises:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
-        if self.is_due(step):
+        if self.timetable.is_due(step):
             self._check_numbers()
             self._observer.check(step)
 
@@ -141,12 +130,12 @@ class Refresher:
         Does what is due after optimizer step `step`: a refresh, the end of exploration, a choice ahead. Says whether
         layers got other weights.
         """
-        changed = self.is_due(step) and self.refresh(step)
-        if step == self.exploration_end:
+        changed = self.timetable.is_due(step) and self.refresh(step)
+        if step == self.timetable.exploration_end:
             self.end_exploration()
             changed = True
-        coming = self._next(step)
-        if self.config.refresh_lag and coming == step + self.config.refresh_lag and self.is_due(coming):
+        coming = self.timetable.next_refresh(step)
+        if self.config.refresh_lag and coming == step + self.config.refresh_lag and self.timetable.is_due(coming):
             self._choose_ahead(coming)
         return changed
 
@@ -155,7 +144,7 @@ class Refresher:
         Before the passes of optimizer step `step`: has the layers keep what the refresh after it will need of them,
         and no longer what an earlier one needed. `None`: there will be no step.
         """
-        self._observer.expect(step is not None and self.is_due(step))
+        self._observer.expect(step is not None and self.timetable.is_due(step))
 
     def before_refresh(self, step: int):
         """
@@ -266,17 +255,9 @@ class Refresher:
         """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
-    def is_due(self, step: int) -> bool:
-        """Whether step `step` ends in a refresh."""
-        method, end = self._plan.method, self._last_exchange
-        if not method.refreshes or self._next(step - 1) != step:
-            return False
-        resizes = self._density_window is not None and step <= self._density_window[1]
-        return end is None or step <= end or resizes
-
     def _present(self, step: int, layer: TopKastLayer | Moment, gradients: Any = None) -> Present:
-        drop = drop_share_at(step, self.config, self._last_exchange)
-        return Present(step, layer.pattern.active_mask(), layer.pattern.backward_mask(), drop, gradients)
+        masks = layer.pattern.active_mask(), layer.pattern.backward_mask()
+        return Present(step, *masks, self.timetable.drop(step), gradients)
 
     def _check_reservoirs(self):
         """Whether the layers store outside B what the method gives new weights."""
@@ -287,9 +268,6 @@ class Refresher:
                     f"Layer '{name}' was made sparse by a method that {kept} the weights outside B, which does not go "
                     f"with method={self.config.method!r}. Densify the model and sparsify it anew with that method."
                 )
-
-    def _next(self, step: int) -> int:
-        return next_refresh(step, self.config.refresh_every, self._density_window and self._density_window[1])
 
     def _choose_ahead(self, step: int):
         """Has a thread choose the sets of the refresh at `step` from the present weights."""
@@ -314,13 +292,15 @@ class Refresher:
         """All that the sets of a step depend on beside the weights, as JSON types."""
         settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
         settings["layers"] = list(self._moving())
-        return [step, self._left(step), self._explores(step), json.dumps(settings)]  # of overrides the order counts
+        return [
+            step,
+            self._left(step),
+            self.timetable.explores(step),
+            json.dumps(settings),
+        ]  # of overrides the order counts
 
     def _left(self, step: int) -> float:
-        return 0.0 if self._arrived else way_left(step, self.config, self._density_window)
-
-    def _explores(self, step: int) -> bool:
-        return self.exploration_end is None or step < self.exploration_end
+        return 0.0 if self._arrived else self.timetable.way_left(step)
 
     @torch.no_grad()
     def _sizes(self, step: int, layers: dict[str, TopKastLayer] | dict[str, Moment]) -> dict[str, Sizes]:
@@ -329,7 +309,7 @@ class Refresher:
             nonzero = self.config.density == "nonzero"
             return layers[name].pattern.active_mask() if nonzero else layers[name].scored()
 
-        return self._plan.sizes(self._left(step), self._explores(step), read, list(layers))
+        return self._plan.sizes(self._left(step), self.timetable.explores(step), read, list(layers))
 
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""

@@ -7,7 +7,7 @@ import torch
 from toy_models import loss_of, make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify
-from hf_topkast.sets import SetPlan
+from hf_topkast.sets import Present, SetPlan
 from hf_topkast.surgery import sparse_info, sparse_layers
 from hf_topkast.training.ahead import choose_ahead, unpacked
 
@@ -24,7 +24,11 @@ def start(model, choose=None):
     sizes = plan.sizes(0.0, True, lambda name: layers[name].theta())
     expected = {name: plan.choose(name, layer.theta(), sizes[name]) for name, layer in layers.items()}
     plan.choose = choose or plan.choose
-    return choose_ahead(["key"], layers, plan, lambda moments: sizes), layers, expected
+
+    def present(moment):
+        return Present(1, moment.pattern.active_mask(), moment.pattern.backward_mask())
+
+    return choose_ahead(["key"], layers, plan, lambda moments: sizes, present), layers, expected
 
 
 def check(choice, layers, expected):
@@ -52,7 +56,7 @@ class Slow:
     def __init__(self):
         self.go_on = threading.Event()
 
-    def __call__(self, name, theta, sizes):
+    def __call__(self, name, theta, sizes, present):
         assert self.go_on.wait(60)
         return theta > 0, theta == theta
 
@@ -80,7 +84,7 @@ def test_sets_and_sizes_may_change_meanwhile(model):
 class Broken:
     """A rule that fails at the last layer."""
 
-    def __call__(self, name, theta, sizes):
+    def __call__(self, name, theta, sizes, present):
         if name.endswith("1.mlp.c_proj"):
             raise AttributeError("no such number")
         return theta > 0, theta == theta
