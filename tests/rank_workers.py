@@ -59,6 +59,16 @@ def train(
         torch.save(state, Path(directory) / "report.pt")
 
 
+def refused_by_trainer(directory: str, **config):
+    """Rank 0 writes why `TopKastTrainer` refuses these settings."""
+    pass_for_gpus()
+    config = TopKastConfig(density=0.2, **config)
+    try:
+        make_trainer(directory, config=config, use_cpu=False, save_strategy="steps")
+    except ValueError as error:
+        Path(directory, f"refusal-{os.environ['RANK']}.txt").write_text(str(error))
+
+
 def distil(directory: str, **settings):
     """As `train`, of a student on rows of different lengths; rank 0 writes what it has and logged to `report.pt`."""
     from test_distillation import losses, make_distillation  # (which imports `ranks`)
@@ -142,13 +152,44 @@ def fully_sharded(directory: str):
         "sparse": sharded_bytes(density=0.2),
         "on disk": sharded_bytes(density=0.2, reservoir_device="disk"),
     }
-    for name, value in (("explore_until", 2), ("refresh_lag", 1)):
+    for name, value in (("refresh_lag", 1),):
         try:
             sharded_bytes(density=0.2, **{name: value})
         except ValueError as error:
             facts[name] = str(error)
     facts["walks"] = sharded_walks()
     Path(directory, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def sizes_change_sharded(directory: str):
+    """Loops of one's own under FSDP2 whose sparse parameters become smaller; every rank saves where they led."""
+    dist.init_process_group("gloo")
+    for name, config in {**RESIZING, "on disk": {**RESIZING["scheduled"], "reservoir_device": "disk"}}.items():
+        if "refresh_lag" in config:
+            continue  # which FSDP2 cannot do
+        model = sparsify(make_gpt2(dtype=torch.float64), **{"density": 0.2, "refresh_every": 2, **config})
+        layers = [layer for _, layer in sparse_layers(model)]
+        for layer in layers:
+            layer.offer_columns()
+        for block in model.transformer.h:
+            fully_shard(block)
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        TopKastController(model, optimizer)
+        held = [(id(layer.values), layer.values.numel()) for layer in layers]
+        for tokens in token_batches(6):
+            loss_of(model, tokens[:2].chunk(2)[dist.get_rank()]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [id(layer.values) for layer in layers] == [place for place, _ in held]
+        assert any(layer.values.numel() != size for layer, (_, size) in zip(layers, held))
+        for layer in layers:
+            whole_size, own = layer.values.numel(), local(layer.values).numel()
+            assert own in (whole_size // 2, -(-whole_size // 2))
+            moments = [state for state in optimizer.state[layer.values].values() if state.ndim]
+            assert all(state.shape == layer.values.shape for state in moments)
+            assert local(layer.reservoir).numel() <= -(-(layer.numel - whole_size) // 2)
+        torch.save(whole(model), Path(directory, f"{name}-{dist.get_rank()}.pt"))
 
 
 def sharded_walks() -> list[bool]:

@@ -18,8 +18,9 @@ from .distributed import (
     world_size,
 )
 from .inputs import InputSquares
-from .pattern import GRAIN, Pattern, pack_bits, spread_blocks, unpack_bits
+from .pattern import GRAIN, Pattern, pack_bits, set_sizes, spread_blocks, unpack_bits
 from .reservoir import NOWHERE, Arriving, assemble_theta
+from .resharding import find_handles
 from .set_watch import mixture
 from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage, scored
 
@@ -37,6 +38,7 @@ __all__ = [
     "SparseStorage",
     "assemble_theta",
     "check_agreement",
+    "find_handles",
     "full",
     "is_sharded",
     "local",
@@ -48,6 +50,7 @@ __all__ = [
     "raise_together",
     "scored",
     "set_digest",
+    "set_sizes",
     "shard_like",
     "spread_blocks",
     "sum_over_ranks",

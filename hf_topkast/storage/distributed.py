@@ -8,6 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
+from ..native import accelerated_by
+from . import passes
+from .pattern import Pattern
+
 
 # Whether torch's FSDP2 shards parameters of integers: up to 2.11 it stops at them.
 SHARDS_INTEGERS: bool = torch.__version__ >= "2.12"
@@ -56,8 +60,14 @@ def moved(numbers: Tensor, sources: Tensor, fresh: Tensor | None = None) -> Tens
         `torch.Tensor`: (|B| now,), sharded as `numbers`; in a tensor of its own.
     """
     old = full(numbers)
-    new = torch.where(sources >= 0, old[sources.clamp(min=0)], old.new_zeros(()) if fresh is None else fresh)
+    new = carry(old, sources, old.new_zeros(()) if fresh is None else fresh)
     return shard_like(new, numbers) if is_sharded(numbers) else new
+
+
+@accelerated_by(passes.carry)
+def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
+    """[`moved`] of numbers that are here."""
+    return torch.where(sources >= 0, numbers[sources.clamp(min=0)], fresh)
 
 
 def prefix_here(count: int, like: Tensor) -> int:
@@ -81,21 +91,15 @@ def sum_over_ranks(part: Tensor, like: Tensor) -> Tensor:
     return part
 
 
-def set_digest(flat_index: Tensor, active: int, row_offsets: Tensor) -> Tensor:
+@accelerated_by(passes.set_digest)
+def set_digest(pattern: Pattern) -> Tensor:
     """
-    A number that two equal pairs of sets share, and two different ones all but never.
-
-    Args:
-        flat_index (`torch.Tensor`): int64, (|B|,): the members of B, those of A first.
-        active (`int`): |A|.
-        row_offsets (`torch.Tensor`): those of the pattern, which every rank has its own copy of where members of B are
-            gathered from all.
-
-    Returns:
-        `torch.Tensor`: int64 scalar.
+    A number that two equal pairs of sets share, and two different ones all but never: of the members, and of
+    `row_offsets`, which every rank has its own copy of where members of B are gathered from all. int64 scalar.
     """
-    mixed = 2 * flat_index + 1
-    mixed[:active] += 1
+    row_offsets = pattern.row_offsets
+    mixed = 2 * pattern.flat_index() + 1
+    mixed[: pattern.active] += 1
     mixed *= -7046029254386353131  # integers wrap around: that is the hashing
     mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
     places = torch.arange(1, len(row_offsets) + 1, device=row_offsets.device)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..native import accelerated_by
+from . import passes
+
 
 INT16_MAX = torch.iinfo(torch.int16).max
 INT32_MAX = torch.iinfo(torch.int32).max
@@ -53,20 +56,11 @@ class Pattern(NamedTuple):
         Raises:
             ValueError: if a mask is not made of whole blocks.
         """
-        height, width = block_size
-        masks = torch.cat([active, backward & ~active])
-        sets = masks[::height, ::width]
-        if height * width > 1 and not torch.equal(spread_blocks(sets, block_size), masks):
-            raise ValueError(f"The sets are not made of whole blocks of {height}×{width} weights.")
-        row_offsets = torch.zeros(len(sets) + 1, dtype=torch.int64, device=sets.device)
-        torch.cumsum(sets.sum(1), 0, out=row_offsets[1:])
-        columns = sets.nonzero()[:, 1]
-        pattern = cls(
-            row_offsets=row_offsets.to(torch.int32 if columns.numel() <= INT32_MAX else torch.int64),
-            columns=columns.to(index_dtype(sets.shape[1] - 1)),
-            shape=tuple(active.shape),
-            block_size=tuple(block_size),
-        )
+        block_size = tuple(block_size)
+        column_dtype = index_dtype(active.shape[1] // block_size[1] - 1)
+        row_offsets, columns = row_structure(active, backward, block_size, column_dtype)
+        row_offsets = row_offsets.to(torch.int32 if columns.numel() <= INT32_MAX else torch.int64)
+        pattern = cls(row_offsets, columns, tuple(active.shape), block_size)
         return pattern._replace(column_walk=pattern.walk_by_columns()) if pattern.fills_tiles else pattern
 
     @property
@@ -123,18 +117,49 @@ class Pattern(NamedTuple):
 
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""
-        return self._mask(self.flat_index()[: self.active])
+        return mask_of(self, whole=False)
 
     def backward_mask(self) -> Tensor:
         """B as a bool mask of shape (out, in)."""
-        return self._mask(self.flat_index())
-
-    def _mask(self, flat: Tensor) -> Tensor:
-        mask = torch.zeros(self.numel, dtype=torch.bool, device=flat.device)
-        mask[flat] = True
-        return mask.view(self.shape)
+        return mask_of(self, whole=True)
 
 
+@accelerated_by(passes.row_structure)
+def row_structure(
+    active: Tensor, backward: Tensor, block_size: tuple[int, int], column_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """
+    `row_offsets`, in 64 bits, and `columns` of the pattern of two masks, see [`Pattern.from_masks`].
+
+    Raises:
+        ValueError: if a mask is not made of whole blocks.
+    """
+    height, width = block_size
+    masks = torch.cat([active, backward & ~active])
+    sets = masks[::height, ::width]
+    if height * width > 1 and not torch.equal(spread_blocks(sets, block_size), masks):
+        raise ValueError(f"The sets are not made of whole blocks of {height}×{width} weights.")
+    row_offsets = torch.zeros(len(sets) + 1, dtype=torch.int64, device=sets.device)
+    torch.cumsum(sets.sum(1), 0, out=row_offsets[1:])
+    return row_offsets, sets.nonzero()[:, 1].to(column_dtype)
+
+
+@accelerated_by(passes.mask_of)
+def mask_of(pattern: Pattern, whole: bool) -> Tensor:
+    """A, or B with `whole`, as a bool mask of shape (out, in)."""
+    flat = pattern.flat_index()
+    mask = torch.zeros(pattern.numel, dtype=torch.bool, device=flat.device)
+    mask[flat if whole else flat[: pattern.active]] = True
+    return mask.view(pattern.shape)
+
+
+@accelerated_by(passes.take_slots)
+def take_slots(theta: Tensor, pattern: Pattern) -> Tensor:
+    """The numbers of an (out, in) weight that `pattern` stores: (|B|,), in the order of its slots."""
+    return theta.flatten()[pattern.flat_index()]
+
+
+@accelerated_by(passes.slot_sources)
 def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     """
     Where each slot of `new` comes from: its slot in `old`, or -1 where the weight was not stored there.
@@ -148,12 +173,20 @@ def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     return slots[new.flat_index()].long()
 
 
+@accelerated_by(passes.set_sizes)
+def set_sizes(active: Tensor, backward: Tensor) -> tuple[int, int, int]:
+    """|A|, |B|, and how many members of A are not in B, of two bool masks."""
+    masks = active, backward, active & ~backward
+    return tuple(int(mask.count_nonzero()) for mask in masks)
+
+
 def spread_blocks(mask: Tensor, block_size: Sequence[int]) -> Tensor:
     """A mask of blocks as the mask of their weights: bool, (rows of blocks, columns of blocks) → (out, in)."""
     height, width = block_size
-    return mask.repeat_interleave(height, 0).repeat_interleave(width, 1)
+    return mask.repeat_interleave(width, 1).repeat_interleave(height, 0)  # in this order it copies whole rows
 
 
+@accelerated_by(passes.pack_bits)
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs a bool mask, flattened, into bytes: uint8, (ceil(n / 8),); bit i of byte j is element 8·j + i."""
     flat = mask.flatten().to(torch.uint8)
@@ -162,6 +195,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     return (flat.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
+@accelerated_by(passes.unpack_bits)
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     """Inverse of [`pack_bits`]: bool, (numel,)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)

@@ -36,9 +36,9 @@ class SetWatch(nn.Module):
         self.sets_digest = encode(digest_of(pattern))
         self._watch()
 
-    def _note_digest(self, pattern: Pattern, places: Tensor | None = None):
-        """The values have just been given these sets; `places` is their flat index, if it is at hand."""
-        self.sets_digest.copy_(encode(digest_of(pattern, places)))
+    def _note_digest(self, pattern: Pattern):
+        """The values have just been given these sets."""
+        self.sets_digest.copy_(encode(digest_of(pattern)))
         self._watch()
 
     def _watch(self):
@@ -79,11 +79,10 @@ class SetWatch(nn.Module):
         self._writes = writes
 
 
-def digest_of(pattern: Pattern, places: Tensor | None = None) -> int:
-    """A number that tells the sets of a pattern apart, see [`set_digest`]; `places` is its flat index, if at hand."""
-    pattern = pattern._replace(row_offsets=pattern.row_offsets.to(pattern.columns.device))  # a load may be half done
-    places = pattern.flat_index() if places is None else places
-    return int(set_digest(places, pattern.active, pattern.row_offsets))
+def digest_of(pattern: Pattern) -> int:
+    """A number that tells the sets of a pattern apart, see [`set_digest`]."""
+    row_offsets = pattern.row_offsets.to(pattern.columns.device)  # a load may be half done
+    return int(set_digest(pattern._replace(row_offsets=row_offsets)))
 
 
 def encode(digest: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What a sparse layer stores: its numbers, the sets A and B, and how both are changed, moved, saved and loaded."""
 
 import weakref
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from transformers.utils import logging
 from .column_walk import ColumnWalk
 from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_of, shard_like
 from .in_place import rewrite
-from .pattern import Pattern, pack_bits, slot_sources
+from .pattern import Pattern, pack_bits, slot_sources, take_slots
 from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
+from .resharding import reshard
 from .set_watch import SetWatch, mixture
 
 
@@ -76,10 +78,11 @@ class SparseStorage(ColumnWalk, SetWatch):
         theta = self.to_rows(dense.weight.detach())
         self.reservoir_device, self.block_size = reservoir_device, tuple(block_size)
         self.assignments = 0
+        self._handles: dict[str, Any] = {}
         self._counted = None
         LIVING.add(self)
         pattern = Pattern.from_masks(active, backward, self.block_size)
-        self.values = nn.Parameter(theta.flatten()[pattern.flat_index()], requires_grad=dense.weight.requires_grad)
+        self.values = nn.Parameter(take_slots(theta, pattern), requires_grad=dense.weight.requires_grad)
         for name in STRUCTURE:
             self.register_buffer(name, getattr(pattern, name))
         self._begin_walk(pattern.column_walk)
@@ -156,19 +159,19 @@ class SparseStorage(ColumnWalk, SetWatch):
         """
         theta = self.theta() if theta is None else theta
         pattern = Pattern.from_masks(active, backward, self.block_size)
-        sources, places = slot_sources(self.pattern, pattern), pattern.flat_index()
+        sources = slot_sources(self.pattern, pattern)
         self.assignments += 2 if self.assignments % 2 else 1  # odd from here on, also after a change that has failed
         gradient, self.values.grad = self.values.grad, None
-        self._write("values", theta.flatten()[places])
+        self._write("values", take_slots(theta, pattern))
         if gradient is not None:
             self.values.grad = moved(gradient, sources)
         for name in STRUCTURE:
             self._write(name, getattr(pattern, name))
         if pattern.column_walk is not None:
             self._keep_walk(pattern.column_walk)
-        self._write("reservoir", take_reservoir(theta, backward, self.reservoir_device))
+        self._write("reservoir", take_reservoir(theta, backward, self.reservoir_device, into=self.reservoir))
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
-        self._note_digest(pattern, places)
+        self._note_digest(pattern)
         self.assignments += 1
         return sources
 
@@ -187,8 +190,14 @@ class SparseStorage(ColumnWalk, SetWatch):
             self._make_walk()
             self._watch()
 
-    def shard_rest(self):
-        """Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then."""
+    def shard_rest(self, handles: Mapping[tuple[nn.Module, str], Any]):
+        """
+        Keeps this rank's part of what only a refresh needs, once FSDP2 has cut `values`: gathered then.
+
+        Args:
+            handles (`Mapping`): by which the sizes of sharded parameters may change, see [`find_handles`].
+        """
+        self._handles = {name: handles[self, name] for name in ("values", "columns") if (self, name) in handles}
         if is_sharded(self.values) and not is_sharded(self.unvisited):
             self.unvisited = shard_like(self.unvisited, self.values)
             if self.reservoir_device != NOWHERE:
@@ -202,18 +211,31 @@ class SparseStorage(ColumnWalk, SetWatch):
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
+        if new is current:  # written already
+            return
         resized = current.shape != new.shape
-        if is_sharded(current):
-            if resized:
-                raise RuntimeError(
-                    f"FSDP2 has sharded the {current.numel()} {name} of a sparse layer, which cannot become "
-                    f"{new.numel()}: load sets of other sizes before the model is sharded, as TopKastTrainer does."
-                )
+        if is_sharded(current) and resized:
+            self._reshard(name, new)
+        elif is_sharded(current):
             local(current).copy_(part_of(new, current))
         elif resized and name == "reservoir" and self._rests_elsewhere:
             self.reservoir = put_to_rest(new, self.reservoir_device)
         else:
             rewrite(self, name, new)
+
+    def _reshard(self, name: str, new: Tensor):
+        if name == "reservoir":
+            self.reservoir = shard_like(new, self.reservoir)
+            if self._rests_elsewhere:
+                self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
+        elif name in self._handles:
+            reshard(self._handles[name], new)
+        else:
+            raise RuntimeError(
+                f"FSDP2 has sharded the {getattr(self, name).numel()} {name} of a sparse layer, which cannot become "
+                f"{new.numel()} without a TopKastController: load sets of other sizes before the model is sharded, as "
+                "TopKastTrainer does."
+            )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -26,6 +26,7 @@ OWN = {
     "gradient_watch",
     "input_watch",
     "powerprop_alpha",
+    "_handles",
 }
 OWN |= {"assignments", "sets_digest", "forward"}
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..layers import TopKastLayer
-from ..storage import local, sum_over_ranks
+from ..storage import find_handles, local, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
 from . import powerprop
 from .changes import ValueChanges, active_here
@@ -71,8 +71,9 @@ class TopKastController:
         sparse = [layer.values for layer in self.layers.values()]
         self._groups = OwnGroups(self.optimizer, sparse, self.config.lr_scale)
         self._refresher.check_changes()
+        handles = find_handles(root)
         for layer in self.layers.values():
-            layer.shard_rest()
+            layer.shard_rest(handles)
         self._refresher.check_agreement()
         self._restarted_from = self.step
         self.step = 0

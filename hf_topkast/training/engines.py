@@ -53,13 +53,8 @@ def check_resizing(setting: str, layers: Iterable[TopKastLayer], ddp: Distribute
     Raises:
         ValueError: if it cannot.
     """
-    if any(is_sharded(layer.values) for layer in layers):
-        raise ValueError(
-            f"{setting} changes the sizes of the sparse parameters during training, which FSDP2 cannot follow: it "
-            "fixes the size of each shard when it wraps the model. Train under DDP until the sizes have settled "
-            "and resume under FSDP2, or leave the setting out."
-        )
-    if ddp is None and world_size() > 1:
+    sharded = any(is_sharded(layer.values) for layer in layers)
+    if ddp is None and world_size() > 1 and not sharded:
         raise ValueError(
             f"{setting} changes the sizes of the sparse parameters during training, and the gradient buckets of "
             "DDP have to follow. Give TopKastController the wrapped model (what accelerator.prepare or "

@@ -170,7 +170,6 @@ class Refresher:
         sizes = self._sizes(step, moving) if chosen is None else {}
         members, left = {}, {}
         for name, layer, theta in self._thetas():
-            was_active = layer.pattern.active_mask()
             if name in self._observer.unseen:
                 continue
             if chosen is None:
@@ -178,8 +177,9 @@ class Refresher:
                 active, backward = self._plan.choose(name, layer.scored(theta), sizes[name], present)
             else:
                 active, backward = unpacked(chosen.pop(name), layer)
-            self._reassign(name, active, backward, theta)
-            members[name], left[name] = int(was_active.sum()), int((was_active & ~active).sum())
+            members[name] = layer.active_count
+            sources = self._reassign(name, active, backward, theta)[: layer.active_count]
+            left[name] = members[name] - int(((sources >= 0) & (sources < members[name])).count_nonzero())
         self.check_agreement()
         if self._ddp is not None and stored != self._stored():
             rebuild_buckets(self._ddp)
@@ -237,7 +237,7 @@ class Refresher:
         """
         if world_size(self._group) > 1:
             patterns = [(name, layer.pattern) for name, layer in self.layers.items()]
-            digests = {name: set_digest(sets.flat_index(), sets.active, sets.row_offsets) for name, sets in patterns}
+            digests = {name: set_digest(sets) for name, sets in patterns}
             check_agreement(digests, self._group)
 
     def _thetas(self) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
@@ -332,8 +332,10 @@ class Refresher:
             problem = error
         raise_together(problem, self._group)
 
-    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor):
+    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor) -> Tensor:
+        """Gives a layer other sets, and the optimizer's state to its weights; returns where each slot comes from."""
         layer = self.layers[name]
         former = layer.values.numel()
         sources = layer.reassign(active, backward, theta)
         carry_state(self.optimizer, layer.values, sources, former, self.config.new_state, self.config.lr_scale)
+        return sources

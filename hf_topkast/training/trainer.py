@@ -77,6 +77,14 @@ class TopKastTrainerMixin:
                 raise ValueError(FSDP1)
             # Accelerate would send every entry of the state dict as a sharded parameter, and buffers are none.
             plugin.cpu_ram_efficient_loading = False
+            config = sparse_info(self.model).config
+            resizes = config.initial_density or config.explore_until or config.distribution == "global"
+            if resizes and not self._whole_checkpoints and self.args.save_strategy != "no":
+                raise ValueError(
+                    "Sizes of the sparse parameters change (initial_density, explore_until or distribution='global'), "
+                    "and a SHARDED_STATE_DICT can only be resumed in the sizes that a model begins with. Set "
+                    "fsdp_state_dict_type to FULL_STATE_DICT, or save_strategy='no'."
+                )
 
     @property
     def _whole_checkpoints(self) -> bool:

@@ -120,7 +120,6 @@ def test_bytes_of_a_rank_under_fsdp(tmp_path):
         assert found["sparse"] == pytest.approx((stored + 4 * 0.6 * n) / 2 + columns + offsets, rel=0.02)
         assert found["on disk"] == pytest.approx(stored / 2 + columns + offsets, rel=0.02)
         assert all(found["walks"])
-        assert "FSDP2 cannot follow" in found["explore_until"] and "Train under DDP" in found["explore_until"]
         assert "FSDP2 has sharded" in found["refresh_lag"] and "Set refresh_lag=0" in found["refresh_lag"]
 
 
@@ -137,9 +136,9 @@ def test_accelerates_fsdp_in_a_loop(tmp_path):
     check_same(whole(model), torch.load(tmp_path / "report.pt"))
 
 
-def resumed(directory, engines, ranks):
+def resumed(directory, engines, ranks, **settings):
     """The end of a training that started on one number of ranks and went on, from other weights, on another."""
-    saving = {"save_strategy": "steps", "save_steps": 5}
+    saving = {"save_strategy": "steps", "save_steps": 5, **settings}
     outcome(directory, ranks[0], engines[0], **saving)
     return outcome(directory, ranks[1], engines[1], resume=str(directory / "checkpoint-5"), weights=1, **saving)
 
@@ -163,6 +162,14 @@ def test_ddp_until_exploration_has_ended_and_then_fsdp(tmp_path):
     outcome(tmp_path, 2, "ddp", **saving)
     resume = str(tmp_path / "checkpoint-5")
     check_same(whole_run, outcome(tmp_path, 2, "fsdp", resume=resume, weights=1, **saving))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engines", "ranks"), [(("fsdp", "fsdp"), (2, 2)), (("fsdp", "ddp"), (2, 1))])
+def test_a_density_schedule_under_fsdp_resumed_on_another_number_of_ranks(tmp_path, engines, ranks):
+    config = {"initial_density": 0.8, "schedule_begin": 0, "schedule_end": 9, "explore_until": 11}
+    whole_run = outcome(tmp_path / "one", 1, config=config)
+    check_same(whole_run, resumed(tmp_path, engines, ranks, config=config))
 
 
 @pytest.mark.slow

@@ -1,0 +1,168 @@
+"""
+What a refresh does to one layer, each in one pass of the C++ extension over it: the same functions of the same tensors
+as in `pattern.py`, `reservoir.py` and `distributed.py`, bit for bit, or `NotImplemented` for types it does not know.
+
+Devices are named, for a model may be made under `torch.device("meta")`.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..native import array, extension, thread_count
+
+
+if TYPE_CHECKING:
+    from .pattern import Pattern
+
+# Bytes of numbers that are moved and not computed with.
+ITEM_SIZES = (2, 4, 8)
+
+
+def structure(pattern: "Pattern") -> "extension.Pattern":
+    """The arrays and sizes of a pattern that [`is_laid_out`]."""
+    arrays = array(pattern.row_offsets), array(pattern.columns)
+    return extension.Pattern(*arrays, *pattern.shape, *pattern.block_size)
+
+
+def is_laid_out(pattern: "Pattern") -> bool:
+    """Whether the arrays are what [`Pattern.from_masks`] makes; the extension would read past their ends."""
+    offsets, columns = pattern.row_offsets, pattern.columns
+    whole = offsets.is_contiguous() and columns.is_contiguous() and offsets.device.type == columns.device.type == "cpu"
+    types = columns.dtype in (torch.int16, torch.int32) and offsets.dtype in (torch.int32, torch.int64)
+    return whole and types and offsets.numel() == 2 * (pattern.shape[0] // pattern.block_size[0]) + 1
+
+
+def row_structure(active: Tensor, backward: Tensor, block_size: tuple[int, int], dtype: torch.dtype):
+    sides = [size % side for size, side in zip(active.shape, block_size)]
+    if not _are_masks(active, backward) or active.ndim != 2 or any(sides) or dtype not in (torch.int16, torch.int32):
+        return NotImplemented
+    active, backward = active.contiguous(), backward.contiguous()
+    masks, threads = (active.data_ptr(), backward.data_ptr()), thread_count(active.numel())
+    row_offsets = torch.empty(2 * (active.shape[0] // block_size[0]) + 1, dtype=torch.int64, device="cpu")
+
+    def pattern(columns: Tensor) -> "extension.Pattern":
+        return extension.Pattern(array(row_offsets), array(columns), *active.shape, *block_size)
+
+    if not extension.count_rows(*masks, pattern(torch.empty(0, dtype=dtype, device="cpu")), threads):
+        return NotImplemented  # which says what is wrong
+    columns = torch.empty(int(row_offsets[-1]), dtype=dtype, device="cpu")
+    extension.fill_columns(*masks, pattern(columns), threads)
+    return row_offsets, columns
+
+
+def mask_of(pattern: "Pattern", whole: bool) -> Tensor:
+    if not _is_known(pattern):
+        return NotImplemented
+    mask = torch.empty(pattern.shape, dtype=torch.bool, device="cpu")
+    extension.mark_members(structure(pattern), whole, mask.data_ptr(), thread_count(pattern.numel))
+    return mask
+
+
+def take_slots(theta: Tensor, pattern: "Pattern") -> Tensor:
+    if theta.element_size() not in ITEM_SIZES or theta.shape != pattern.shape or not _is_known(pattern):
+        return NotImplemented
+    theta, values = theta.contiguous(), theta.new_empty(pattern.stored)
+    place = structure(pattern), 0, pattern.shape[0], array(theta), array(values)
+    extension.gather(*place, thread_count(pattern.stored))
+    return values
+
+
+def slot_sources(old: "Pattern", new: "Pattern") -> Tensor:
+    same = old.shape == new.shape and old.block_size == new.block_size
+    if not (same and _is_known(old) and _is_known(new)):
+        return NotImplemented
+    sources = torch.empty(new.stored, dtype=torch.int64, device="cpu")
+    work = old.stored + new.stored
+    extension.find_sources(structure(old), structure(new), sources.data_ptr(), thread_count(work))
+    return sources
+
+
+def outside(numbers: Tensor, mask: Tensor, into: Tensor | None = None) -> Tensor:
+    if numbers.element_size() not in ITEM_SIZES or not _are_masks(mask) or numbers.shape != mask.shape:
+        return NotImplemented
+    numbers, mask = numbers.contiguous(), mask.contiguous()
+    threads, numel = thread_count(numbers.numel()), numbers.numel()
+    marked, _, _ = extension.set_sizes(mask.data_ptr(), mask.data_ptr(), numel, threads)
+    rest = into
+    if into is None or into.shape != (numel - marked,) or into.dtype != numbers.dtype or not into.is_contiguous():
+        rest = numbers.new_empty(numel - marked)
+    extension.leave_out(array(numbers), mask.data_ptr(), numel, marked, array(rest), threads)
+    return rest
+
+
+def assemble_theta(values: Tensor, pattern: "Pattern", reservoir: Tensor) -> Tensor:
+    fits = len(values) == pattern.stored and len(reservoir) in (0, pattern.numel - pattern.stored)
+    types = values.dtype == reservoir.dtype and values.element_size() in ITEM_SIZES
+    if not (fits and types and _is_known(pattern)):
+        return NotImplemented
+    theta = values.new_empty(pattern.shape)
+    numbers = (array(part) for part in (values.contiguous(), reservoir.contiguous(), theta))
+    extension.assemble(structure(pattern), *numbers, thread_count(pattern.numel))
+    return theta
+
+
+def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
+    fits = numbers.ndim == sources.ndim == 1 and fresh.shape in ((), sources.shape)
+    types = numbers.dtype == fresh.dtype and numbers.element_size() in ITEM_SIZES and sources.dtype == torch.int64
+    if not (fits and types):
+        return NotImplemented
+    numbers, sources, fresh = numbers.contiguous(), sources.contiguous(), fresh.contiguous()
+    carried = numbers.new_empty(sources.shape)
+    places = len(numbers), sources.data_ptr(), len(sources), array(fresh), fresh.ndim, array(carried)
+    inside = extension.carry(array(numbers), *places, thread_count(len(sources)))
+    return carried if inside else NotImplemented
+
+
+def set_sizes(active: Tensor, backward: Tensor) -> tuple[int, int, int]:
+    if not _are_masks(active, backward):
+        return NotImplemented
+    active, backward, numel = active.contiguous(), backward.contiguous(), active.numel()
+    return tuple(extension.set_sizes(active.data_ptr(), backward.data_ptr(), numel, thread_count(numel)))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    if not _are_masks(mask):
+        return NotImplemented
+    mask, packed = mask.contiguous(), torch.empty(-(-mask.numel() // 8), dtype=torch.uint8, device="cpu")
+    extension.pack_bits(mask.data_ptr(), mask.numel(), packed.data_ptr(), thread_count(mask.numel()))
+    return packed
+
+
+def unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or numel > 8 * len(packed):
+        return NotImplemented
+    packed, mask = packed.contiguous(), torch.empty(numel, dtype=torch.bool, device="cpu")
+    extension.unpack_bits(packed.data_ptr(), numel, mask.data_ptr(), thread_count(numel))
+    return mask
+
+
+def set_digest(pattern: "Pattern") -> Tensor:
+    if not (is_laid_out(pattern) and _is_sound(pattern)):
+        return NotImplemented
+    return torch.tensor(extension.set_digest(structure(pattern), thread_count(pattern.stored)), device="cpu")
+
+
+def _are_masks(*masks: Tensor) -> bool:
+    return all(mask.dtype == torch.bool and mask.shape == masks[0].shape for mask in masks)
+
+
+def _is_known(pattern: "Pattern") -> bool:
+    """
+    Whether the extension knows the types of a structure.
+
+    Raises:
+        IndexError: if it does, and the structure points outside of its layer.
+    """
+    known = is_laid_out(pattern)
+    if known and not _is_sound(pattern):
+        raise IndexError(
+            f"The sets of a sparse layer of {pattern.shape[0]}×{pattern.shape[1]} point outside of it: its "
+            "row_offsets and columns were damaged, or are those of another layer. Load a whole checkpoint."
+        )
+    return known
+
+
+def _is_sound(pattern: "Pattern") -> bool:
+    return extension.is_sound(structure(pattern), pattern.columns.numel())
