@@ -12,9 +12,9 @@ import os
 import torch
 from torch import Tensor
 
+from ..native import _native, array, thread_count
 from ..storage import Pattern
-from . import _native
-from .handover import array, as_rows, checked, structure, thread_count
+from .handover import as_rows, checked, structure
 
 
 # Floats in a vector, by instruction set, of those this CPU can run; the best one first.

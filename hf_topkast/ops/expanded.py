@@ -8,9 +8,9 @@ Like the reference it keeps the memory promise: the dense gradient of a large la
 import torch
 from torch import Tensor
 
+from ..native import _native, array, thread_count
 from ..storage import Pattern
-from . import _native
-from .handover import array, as_rows, checked, structure, thread_count
+from .handover import as_rows, checked, structure
 from .reference import rows_per_chunk
 
 

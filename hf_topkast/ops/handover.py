@@ -1,19 +1,15 @@
 """
-Tensors for the C++ extension, which knows nothing of torch: checked, made contiguous, and given as addresses.
-
-Its threads are those of torch's own OpenMP pool.
+Operands of products for the C++ extension, which knows nothing of torch: checked, and made contiguous.
 """
 
 import torch
 from torch import Tensor
 
-from ..storage import Pattern
-from . import _native
+from ..native import _native
+from ..storage import Pattern, passes
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Multiply-adds, or numbers moved, worth waking another thread for.
-GRAIN = 2**15
 
 
 def as_rows(tensor: Tensor, features: int) -> Tensor:
@@ -45,11 +41,6 @@ def checked(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def array(tensor: Tensor) -> "_native.Array":
-    """Address and item size of a contiguous tensor, which has to live until the call returns."""
-    return _native.Array(tensor.data_ptr(), tensor.element_size())
-
-
 def structure(pattern: Pattern) -> "_native.Pattern":
     """
     The arrays and sizes of a pattern.
@@ -57,19 +48,11 @@ def structure(pattern: Pattern) -> "_native.Pattern":
     Raises:
         TypeError: if they are not what [`Pattern.from_masks`] makes; the kernels would read past their ends.
     """
-    offsets, columns = pattern.row_offsets, pattern.columns
-    whole = offsets.is_contiguous() and columns.is_contiguous() and offsets.device.type == columns.device.type == "cpu"
-    types = columns.dtype in (torch.int16, torch.int32) and offsets.dtype in (torch.int32, torch.int64)
-    if not (whole and types and offsets.numel() == 2 * (pattern.shape[0] // pattern.block_size[0]) + 1):
+    if not passes.is_laid_out(pattern):
+        offsets, columns = pattern.row_offsets, pattern.columns
         raise TypeError(
             "The C++ kernels need a pattern of contiguous integers on the CPU, with 32 or 64 bits for row_offsets and "
             f"16 or 32 for columns, not {offsets.numel()} of {offsets.dtype} and {columns.numel()} of "
             f"{columns.dtype} on {columns.device} for a layer of {pattern.shape}."
         )
-    arrays = array(pattern.row_offsets), array(pattern.columns)
-    return _native.Pattern(*arrays, *pattern.shape, *pattern.block_size)
-
-
-def thread_count(work: int) -> int:
-    """How many of torch's threads so much work is worth."""
-    return max(1, min(torch.get_num_threads(), work // GRAIN))
+    return passes.structure(pattern)

@@ -8,10 +8,10 @@ would do around it each time as long again.
 import torch
 from torch import Tensor
 
+from ..native import _native, array, thread_count
 from ..storage import Pattern
-from . import _native
 from .cpu import isa
-from .handover import array, structure, thread_count
+from .handover import structure
 
 
 class OneToken:

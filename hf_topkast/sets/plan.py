@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import TopKastConfig
 from ..method import Gradients, LayerView, get_method
-from ..storage import spread_blocks
+from ..storage import set_sizes, spread_blocks
 from .distribution import DISTRIBUTIONS
 from .fused import Rows, find_parts
 from .methods import topkast
@@ -132,16 +132,20 @@ class SetPlan:
 
     def _choose(self, choose: Callable, name: str, theta: Tensor, sizes: Sizes, present: Present | None):
         scores = self._scores(theta)
-        active, backward = (torch.zeros_like(scores, dtype=torch.bool) for _ in range(2))
+        alone = len(self.parts[name]) == 1
+        masks = None if alone else [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
         for part, (rows, (size, backward_size)) in enumerate(zip(self.parts[name], sizes)):
             view = self._view(name, part, scores[rows], size, backward_size, present)
             chosen = choose(view)
             pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
             check_sets(self.config.method, name, view, *pair)
-            active[rows], backward[rows] = pair
-        if self.config.block_size == [1, 1]:
-            return active, backward
-        return spread_blocks(active, self.config.block_size), spread_blocks(backward, self.config.block_size)
+            if alone:
+                masks = pair
+            else:
+                masks[0][rows], masks[1][rows] = pair
+        if self.config.block_size != [1, 1]:
+            masks = [spread_blocks(mask, self.config.block_size) for mask in masks]
+        return tuple(masks)
 
     def _view(
         self, name: str, part: int, scores: Tensor, size: int, backward_size: int, present: Present | None
@@ -210,14 +214,17 @@ def check_sets(method: str, name: str, view: LayerView, active: Tensor, backward
     Raises:
         ValueError: if it did not; the message names method and layer.
     """
-    for kind, mask, size in (("A", active, view.size), ("B", backward, view.backward_size)):
-        if mask.dtype != torch.bool or mask.shape != view.theta.shape or int(mask.sum()) != size:
-            found = f"{int(mask.sum())} of {tuple(mask.shape)}" if mask.dtype == torch.bool else f"{mask.dtype}"
+    fit = [mask.dtype == torch.bool and mask.shape == view.theta.shape for mask in (active, backward)]
+    *sizes, outside = set_sizes(active, backward) if all(fit) else (None, None, 0)
+    asked = view.size, view.backward_size
+    for kind, mask, found, size in zip("AB", (active, backward), sizes, asked):
+        if found != size:
+            found = f"{int(mask.count_nonzero())} of {tuple(mask.shape)}" if mask.dtype == torch.bool else mask.dtype
             raise ValueError(
                 f"method={method!r} gave layer '{name}' a set {kind} of {found}, where {size} of "
                 f"{tuple(view.theta.shape)} are asked for, as a bool mask. Mend the method's function."
             )
-    if bool((active & ~backward).any()):
+    if outside:
         raise ValueError(f"method={method!r} gave layer '{name}' an A that is not inside B. Mend its function.")
 
 

@@ -11,7 +11,20 @@ import time
 import pytest
 import torch
 
-from benchmarks import fine_tuning, generate, kernels, largest, measure, memory, peers, scaling, step_time, training
+from benchmarks import (
+    fine_tuning,
+    generate,
+    kernels,
+    largest,
+    measure,
+    memory,
+    peers,
+    refresh,
+    scaling,
+    step_time,
+    training,
+)
+from hf_topkast.native import extension
 from hf_topkast.ops import costs
 
 
@@ -24,9 +37,14 @@ RUNS = {
     peers: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--peers", "hf_topkast", "torch.sparse"],
     scaling: ["--plan"],  # the measurement starts many processes
     generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
+    refresh: ["--shapes", "8x16", "--rounds", "1", "--block-size", "4", "1"],
     step_time: [*TINY, "--bf16", "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
     kernels: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--rounds", "1", "--block-size", "4", "1"],
 }
+
+
+if extension is None:  # two sides that are the same
+    del RUNS[refresh]
 
 
 @pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__.rpartition(".")[2])

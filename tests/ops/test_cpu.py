@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_topkast import native
 from hf_topkast.ops import BACKENDS, implementation, masked_linear, reference
 from hf_topkast.storage import Pattern
 
 
 cpu = pytest.importorskip("hf_topkast.ops.cpu", reason="the C++ extension is not built", exc_type=ImportError)
-handover = pytest.importorskip("hf_topkast.ops.handover", exc_type=ImportError)
 
 SIZES = [(1, 1), (3, 172), (172, 3), (769, 64), (130, 769)]
 SHARES = {"sparse": (0.1, 0.2), "no exploration": (0.3, 0.3), "full": (1.0, 1.0), "empty": (0.0, 0.0)}
@@ -119,7 +119,7 @@ def test_many_rows_are_worked_in_groups():
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_any_number_of_threads(count, tokens, threads, monkeypatch):
     threads(count)
-    monkeypatch.setattr(handover, "GRAIN", 1)
+    monkeypatch.setattr(native, "GRAIN", 1)
     case = problem((100, 200), tokens)
     assert_products(case)
     first, second = products(*case[1:]), products(*case[1:])
@@ -127,7 +127,7 @@ def test_any_number_of_threads(count, tokens, threads, monkeypatch):
 
 
 def test_concurrent_calls_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(handover, "GRAIN", 1)
+    monkeypatch.setattr(native, "GRAIN", 1)
     cases = [problem((60 + i, 90), 130, seed=i) for i in range(8)]
     alone = [products(*case[1:]) for case in cases]
     with ThreadPoolExecutor(4) as pool:

@@ -14,12 +14,12 @@ def random_start(view: LayerView) -> Tensor:
 
 def exchanged(view: LayerView) -> int:
     """How many weights to exchange: the present share of A."""
-    return round(view.drop * min(view.size, int(view.active.sum())))
+    return round(view.drop * min(view.size, int(view.active.count_nonzero())))
 
 
 def kept(view: LayerView, scores: Tensor) -> Tensor:
     """A without the lowest scores, as many as are exchanged; `scores` is (rows, columns), at least 0."""
-    count = min(view.size, int(view.active.sum())) - exchanged(view)
+    count = min(view.size, int(view.active.count_nonzero())) - exchanged(view)
     return keep_largest(view.active, scores, count)
 
 
@@ -30,4 +30,4 @@ def keep_largest(active: Tensor, scores: Tensor, count: int) -> Tensor:
 
 def grow_at_random(view: LayerView, stay: Tensor) -> Tensor:
     """`stay` and so many others, drawn uniformly, that A is full; what was dropped just now may come back."""
-    return stay | random_mask(~stay, view.size - int(stay.sum()), view.generator)
+    return stay | random_mask(~stay, view.size - int(stay.count_nonzero()), view.generator)

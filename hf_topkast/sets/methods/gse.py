@@ -25,15 +25,16 @@ def choose(view: LayerView) -> Tensor:
     if view.active is None:
         return random_start(view)
     outside = (~view.active).flatten().nonzero().squeeze(1)
-    count = min(exchanged(view) + max(0, view.size - int(view.active.sum())), outside.numel())
+    count = min(exchanged(view) + max(0, view.size - int(view.active.count_nonzero())), outside.numel())
     grown = torch.zeros_like(view.active)
     if count:
         draws = torch.randint(outside.numel(), (round(SAMPLE * view.size),), generator=view.generator)
         sample = torch.zeros_like(view.active)
         sample.view(-1)[outside[draws.to(outside.device)]] = True
-        grown = view.gradients.largest(min(count, int(sample.sum())), sample)
-    stay = keep_largest(view.active, view.theta.abs(), min(view.size - int(grown.sum()), int(view.active.sum())))
-    missing = view.size - int(stay.sum()) - int(grown.sum())  # of an A that grows by more than the sample has
+        grown = view.gradients.largest(min(count, int(sample.count_nonzero())), sample)
+    new = int(grown.count_nonzero())
+    stay = keep_largest(view.active, view.theta.abs(), min(view.size - new, int(view.active.count_nonzero())))
+    missing = view.size - int(stay.count_nonzero()) - new  # of an A that grows by more than the sample has
     return stay | grown | random_mask(~(view.active | grown), missing, view.generator)
 
 

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from ...method import LayerView, Method
-from ..selection import largest_mask, random_mask
+from ..selection import largest_masks, random_mask
 
 
 def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     """A: the largest weights by magnitude. B\\A: drawn uniformly from all others, anew at each refresh."""
-    active = largest_mask(view.theta.abs(), view.size, view.by_row)
+    (active,) = largest_masks(view.theta, (view.size,), view.by_row, magnitudes=True)
     return active, active | random_mask(~active, view.backward_size - view.size, view.generator)
 
 

@@ -20,7 +20,7 @@ def choose(view: LayerView) -> Tensor:
     if view.active is None:
         return random_start(view)
     stay = kept(view, view.theta.abs())
-    return stay | view.gradients.largest(view.size - int(stay.sum()), ~stay)
+    return stay | view.gradients.largest(view.size - int(stay.count_nonzero()), ~stay)
 
 
 METHOD = Method(

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ...method import LayerView, Method
-from ..selection import largest_mask, spread_mask
+from ..selection import largest_masks, spread_mask
 
 
 def choose(view: LayerView) -> tuple[Tensor, Tensor]:
@@ -13,8 +13,7 @@ def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     Except in a model that was pruned before, for the weights of B that are exactly zero: they come evenly from all
     over the layer. By the lower index they would all be in the first rows, and the others could never grow.
     """
-    scores = view.theta.abs()
-    active, backward = (largest_mask(scores, size, view.by_row) for size in (view.size, view.backward_size))
+    active, backward = largest_masks(view.theta, (view.size, view.backward_size), view.by_row, magnitudes=True)
     if not view.pruned or view.backward_size <= max(view.size, int(view.theta.count_nonzero())):
         return active, backward
     backward = active | (view.theta != 0)

@@ -15,6 +15,8 @@ void with_types(const Pattern& pattern, const Array& numbers, const Array& other
     auto with_width = [&](auto* columns, auto width) {
         if (numbers.itemsize == 4)
             visit(columns, width, (uint32_t*)numbers.address, (uint32_t*)others.address);
+        else if (numbers.itemsize == 8)
+            visit(columns, width, (uint64_t*)numbers.address, (uint64_t*)others.address);
         else
             visit(columns, width, (uint16_t*)numbers.address, (uint16_t*)others.address);
     };

@@ -7,7 +7,9 @@
 #include "dense.h"
 #include "few_tokens.h"
 #include "isa.h"
+#include "passes.h"
 #include "products.h"
+#include "selection.h"
 
 namespace nb = nanobind;
 using namespace hf_topkast;
@@ -32,7 +34,8 @@ struct OneToken {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Masked products on CPUs; called by cpu.py and expanded.py; handover.py checks every argument.";
+    m.doc() = "Masked products, called by ops/, where handover.py checks every argument, and refreshes, called by storage/ and "
+              "sets/.";
     auto released = nb::call_guard<nb::gil_scoped_release>();
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
@@ -92,4 +95,71 @@ NB_MODULE(_native, m) {
         released);
     m.def("expand", &expand, released);
     m.def("gather", &gather, released);
+
+    m.def(
+        "mark_largest",
+        [](Array scores, bool magnitudes, int64_t rows, int64_t columns,
+           const std::vector<std::pair<int64_t, uintptr_t>>& sets, int threads) {
+            std::vector<Marking> markings;
+            for (auto [count, mask] : sets) markings.push_back({count, (uint8_t*)mask});
+            mark_largest(scores, magnitudes, rows, columns, markings.data(), int(markings.size()), threads);
+        },
+        released);
+    m.def(
+        "count_rows",
+        [](uintptr_t active, uintptr_t backward, Pattern pattern, int threads) {
+            return count_rows((const uint8_t*)active, (const uint8_t*)backward, pattern, threads);
+        },
+        released);
+    m.def(
+        "fill_columns",
+        [](uintptr_t active, uintptr_t backward, Pattern pattern, int threads) {
+            fill_columns((const uint8_t*)active, (const uint8_t*)backward, pattern, threads);
+        },
+        released);
+    m.def("is_sound", &is_sound, released);
+    m.def(
+        "mark_members",
+        [](Pattern pattern, bool all, uintptr_t mask, int threads) {
+            mark_members(pattern, all, (uint8_t*)mask, threads);
+        },
+        released);
+    m.def("assemble", &assemble, released);
+    m.def(
+        "leave_out",
+        [](Array numbers, uintptr_t mask, int64_t numel, int64_t marked, Array rest, int threads) {
+            leave_out(numbers, (const uint8_t*)mask, numel, marked, rest, threads);
+        },
+        released);
+    m.def(
+        "find_sources",
+        [](Pattern before, Pattern now, uintptr_t sources, int threads) {
+            find_sources(before, now, (int64_t*)sources, threads);
+        },
+        released);
+    m.def(
+        "carry",
+        [](Array numbers, int64_t former, uintptr_t sources, int64_t count, Array fresh, int step, Array moved,
+           int threads) { return carry(numbers, former, (const int64_t*)sources, count, fresh, step, moved, threads); },
+        released);
+    m.def(
+        "set_sizes",
+        [](uintptr_t active, uintptr_t backward, int64_t numel, int threads) {
+            SetSizes sizes = set_sizes((const uint8_t*)active, (const uint8_t*)backward, numel, threads);
+            return std::vector<int64_t>{sizes.active, sizes.backward, sizes.torn};
+        },
+        released);
+    m.def(
+        "pack_bits",
+        [](uintptr_t mask, int64_t numel, uintptr_t packed, int threads) {
+            pack_bits((const uint8_t*)mask, numel, (uint8_t*)packed, threads);
+        },
+        released);
+    m.def(
+        "unpack_bits",
+        [](uintptr_t packed, int64_t numel, uintptr_t mask, int threads) {
+            unpack_bits((const uint8_t*)packed, numel, (uint8_t*)mask, threads);
+        },
+        released);
+    m.def("set_digest", &set_digest, released);
 }
