@@ -43,11 +43,13 @@ class Refreshed:
         self.numel = sum(rows * columns for rows, columns in shapes)
         self.model = nn.Sequential(*layers).to(torch.bfloat16 if args.bf16 else torch.float32)
         settings = {"method": args.method, "density": args.density, "block_size": args.block_size}
+        if args.compare is not None:
+            settings["compare"] = args.compare
         names = [str(place) for place in range(len(layers))]
         with self.side():
-            sparsify(self.model, target_modules=names, exclude_modules=[], compare=args.compare, **settings)
+            sparsify(self.model, target_modules=names, exclude_modules=[], **settings)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.controller = TopKastController(self.model, self.optimizer)
+        self.controller = TopKastController(self.model, self.optimizer, total_steps=1000)
         self.generator = torch.Generator().manual_seed(1)
 
     def step(self):
@@ -95,7 +97,7 @@ def main():
     parser.add_argument("--layers", type=int, default=1, help="of each shape; default: %(default)s")
     parser.add_argument("--method", default="topkast")
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--compare", default="layer", choices=("layer", "row"))
+    parser.add_argument("--compare", choices=("layer", "row"))
     parser.add_argument("--block-size", nargs=2, type=int, default=[1, 1], help="rows and columns of a block")
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
@@ -139,7 +141,7 @@ def main():
 
 def _memory_of(side: str) -> float:
     command = [sys.executable, "-m", "benchmarks.refresh", *sys.argv[1:], "--memory-of", side]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 if __name__ == "__main__":
