@@ -267,7 +267,8 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
         method = get_method(self.method)
         own = {name: value(self) if callable(value) else value for name, value in method.defaults.items()}
         scheduled = (self.initial_density or own.get("initial_density")) is not None
-        compare = {"compare": "row" if self.score == "activation" else "layer"}
+        by_row = self.score == "activation" and self.density != "nonzero"
+        compare = {"compare": "row" if by_row else "layer"}
         return {**DEFAULTS, **compare, **(SCHEDULE_DEFAULTS if scheduled else {}), **own}
 
     def _default_backward(self) -> float | None:

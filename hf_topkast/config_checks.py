@@ -74,6 +74,8 @@ def _check_densities(config: "TopKastConfig"):
         check(config.distribution == "uniform", "distribution", config.distribution, allowed)
         allowed = f"a number with method={config.method!r}, which starts dense"
         check("initial_density" not in get_method(config.method).defaults, "density", config.density, allowed)
+        allowed = "'layer' with density='nonzero': the zeros say how dense each row is"
+        check(config.compare == "layer", "compare", config.compare, allowed)
     else:
         least = config.density
     if config.backward_density is not None:

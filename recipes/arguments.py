@@ -1,15 +1,15 @@
-"""The settings of a run: fields of five dataclasses, from one flat YAML file and the command line."""
+"""The settings of a run: fields of several dataclasses, from one flat YAML file and the command line."""
 
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_topkast import TopKastConfig
+from hf_topkast import TopKastConfig, TopKastDistillationConfig
 
 
 @dataclass
@@ -68,12 +68,68 @@ class RunArguments:
     sample_prompt_tokens: int = field(default=64, metadata={"help": "Tokens of the valid split as its prompt."})
 
 
+@dataclass
+class FineTuningArguments:
+    """What a pretrained model may be given on its way to a sparse one."""
+
+    calibration_windows: int = field(
+        default=0,
+        metadata={
+            "help": "Windows of the training split (run_sft.py: rows) that choose the first sets, by score=activation."
+        },
+    )
+    correct: bool = field(
+        default=False, metadata={"help": "Change the weights that stay to make up for those that go (SparseGPT)."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Dense model to learn from: self, the model as it is loaded, or a name."}
+    )
+    task_weight: float | None = field(
+        default=None, metadata={"help": "With a teacher: of the task's loss. Default: 1."}
+    )
+    logit_weight: float | None = field(default=None, metadata={"help": "With a teacher: of its logits. Default: 1."})
+    hidden_weight: float | None = field(
+        default=None, metadata={"help": "With a teacher: of its blocks' outputs. Default: 1."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "With a teacher: of both models' logits. Default: 1."}
+    )
+
+    def __post_init__(self):
+        if self.calibration_windows < 0:
+            raise ValueError(f"`calibration_windows` is {self.calibration_windows}: give a number, 0 for none.")
+        if self.correct and not self.calibration_windows:
+            raise ValueError(
+                "`correct` is true, but `calibration_windows` is 0: weights are corrected for the inputs that these "
+                "bring about. Give some, such as 128, or leave `correct` out."
+            )
+        for name, value in self.weights().items():
+            if self.teacher is None:
+                raise ValueError(
+                    f"`{name}` is {value}, but there is no `teacher` to learn from. Set `teacher: self`, or leave "
+                    f"`{name}` out."
+                )
+        if self.teacher is not None:
+            self.distillation()
+
+    def weights(self) -> dict[str, float]:
+        """The fields of [`TopKastDistillationConfig`] that were given."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(TopKastDistillationConfig)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def distillation(self) -> TopKastDistillationConfig:
+        """The weights of the parts of the loss; a `ValueError` if they do not go together."""
+        return TopKastDistillationConfig(**self.weights())
+
+    def given(self) -> dict[str, Any]:
+        """The fields that ask for something."""
+        return {spec.name: value for spec in fields(self) if (value := getattr(self, spec.name)) != spec.default}
+
+
 DATACLASSES = (ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments)
 
 
-def parse_arguments(
-    argv: list[str],
-) -> tuple[ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments]:
+def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES) -> tuple:
     """
     Reads `CONFIG.yaml [--field value ...]`. The command line wins over the file, the file over the defaults.
 
@@ -81,12 +137,16 @@ def parse_arguments(
 
     Args:
         argv (`list[str]`): The command line without the program's name.
+        dataclasses (`tuple[type, ...]`, *optional*): Those whose fields there are. Defaults to `DATACLASSES`.
+
+    Returns:
+        `tuple`: An object of each.
 
     Raises:
         `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it.
     """
     # "resolve" lets a second dataclass have a field of the same name: see above.
-    parser = HfArgumentParser(DATACLASSES, allow_abbrev=False, conflict_handler="resolve", description=__doc__)
+    parser = HfArgumentParser(dataclasses, allow_abbrev=False, conflict_handler="resolve", description=__doc__)
     parser.add_argument("config", help="YAML file of fields.")
     fields = {action.dest for action in parser._actions} - {"help", "config"}
     given, unknown = parser.parse_known_args(argv)
@@ -123,6 +183,5 @@ def refuse_unknown_keys(keys: list[str], fields: set[str], path: str) -> None:
             problems.append(f"`{key}`" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     if problems:
         raise ValueError(
-            f"Not a field, in `{path}` or on the command line: {', '.join(problems)}. "
-            "`python recipes/run_clm.py --help` lists all fields."
+            f"Not a field, in `{path}` or on the command line: {', '.join(problems)}. `--help` lists all fields."
         )

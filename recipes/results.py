@@ -21,6 +21,10 @@ from hf_topkast import TopKastConfig, sparsity_report
 from hf_topkast.layers import TopKastLayer
 
 
+# What is measured of a pretrained model, and when: a column's title, and how its keys end.
+STAGES = {"before": "_before", "at the cut": "_at_cut", "after": ""}
+
+
 def measure_model(model: PreTrainedModel) -> dict[str, Any]:
     """
     Sizes and densities of a trained model, sparse or dense, as they are and not as they were asked for.
@@ -108,10 +112,25 @@ def current_commit() -> str | None:
 
 
 def format_table(results: dict[str, Any]) -> str:
-    """The single values of the results as plain text, a line each."""
-    rows = {key: value for key, value in results.items() if not isinstance(value, dict | list) and value is not None}
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {_format(value)}" for key, value in rows.items())
+    """
+    The single values of the results as plain text, a line each; where there are values of before training, they, those
+    at the cut and those of after it stand side by side at the end.
+    """
+    staged = [key for key in results if f"{key}_before" in results]
+    apart = {f"{key}{suffix}" for key in staged for suffix in STAGES.values()}
+    rows = {
+        key: value
+        for key, value in results.items()
+        if not isinstance(value, dict | list) and value is not None and key not in apart
+    }
+    width = max(map(len, [*rows, *staged]))
+    lines = [f"{key:<{width}}  {_format(value)}" for key, value in rows.items()]
+    if staged:
+        lines += ["", f"{'':<{width}}" + "".join(f"  {stage:>15}" for stage in STAGES)]
+    for key in staged:
+        values = (results.get(f"{key}{suffix}") for suffix in STAGES.values())
+        lines.append(f"{key:<{width}}" + "".join(f"  {'' if v is None else _format(v):>15}" for v in values))
+    return "\n".join(lines)
 
 
 def _format(value: Any) -> str:
@@ -121,7 +140,11 @@ def _format(value: Any) -> str:
 
 
 def write_results(
-    folder: str, results: dict[str, Any], model_args: ModelArguments, topkast_config: TopKastConfig
+    folder: str,
+    results: dict[str, Any],
+    model_args: ModelArguments,
+    topkast_config: TopKastConfig,
+    script: str = "run_clm.py",
 ) -> None:
     """Writes `README.md`, the model card, and then `results.json` into `folder`: the latter whole or not at all."""
     path = Path(folder)
@@ -130,7 +153,7 @@ def write_results(
     origin = model_args.model_name_or_path or f"a new {model_args.model_type} model"
     lines = [
         f"---\n{data.to_yaml()}\n---\n\n# {path.resolve().name}\n",
-        f"A {kind} causal language model, trained from {origin} on `{results['dataset']}` with `recipes/run_clm.py`.",
+        f"A {kind} causal language model, trained from {origin} on `{results['dataset']}` with `recipes/{script}`.",
     ]
     if model_args.sparse:
         lines.append(
@@ -142,7 +165,7 @@ def write_results(
     if model_args.sparse:
         settings = json.dumps(dataclasses.asdict(topkast_config), indent=2)
         lines.append(f"Settings of Top-KAST:\n\n```json\n{settings}\n```\n")
-    lines.append(f"Command: `run_clm.py {' '.join(results['command'])}`\n")
+    lines.append(f"Command: `{script} {' '.join(results['command'])}`\n")
     ModelCard("\n".join(lines)).save(path / "README.md")
     temporary = path / "results.json.tmp"
     temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

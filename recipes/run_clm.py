@@ -1,21 +1,35 @@
 """
-Trains a causal language model, sparse with Top-KAST or dense, evaluates it, and writes down what came out.
+Trains a causal language model, new or pretrained, sparse with Top-KAST or dense, evaluates it, and writes down what
+came out.
 
     accelerate launch recipes/run_clm.py recipes/enwik8/demo.yaml [--field value ...]
 
 The YAML file holds any fields of the dataclasses in arguments.py, of `hf_topkast.TopKastConfig` and of
 `transformers.TrainingArguments`; the command line wins over it. `output_dir` then holds the model and its tokenizer,
 `results.json`, a model card, the churn of each layer (`churn.jsonl`), and checkpoints from which `--resume` goes on.
+What a pretrained model was worth before, dense and right after the cut, is written down, too.
 """
 
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
-from arguments import ModelArguments, parse_arguments, refuse_unknown_keys
+from arguments import DATACLASSES, FineTuningArguments, ModelArguments, parse_arguments, refuse_unknown_keys
 from callbacks import ChurnLog, Stopwatch
 from data import Corpus, Split, load_corpus
+from fine_tuning import (
+    PROMPT_TOKENS,
+    Stages,
+    calibration_arguments,
+    evaluate,
+    load_dense,
+    settle_fine_tuning,
+    teacher_arguments,
+    tokens_per_second,
+    weight_file_bytes,
+)
 from metrics import BitsPerByte, WordPerplexity, make_compute_metrics, token_nats
 from results import count_training_flops, describe_environment, format_table, measure_model, write_results
 from transformers import (
@@ -29,7 +43,7 @@ from transformers import (
 )
 from windows import EvaluationWindows, TrainingWindows
 
-from hf_topkast import TopKastTrainer, sparsify, sparsity_report
+from hf_topkast import TopKastDistillationTrainer, TopKastTrainer, sparsify, sparsity_report
 from hf_topkast.checkpoints import last_whole_checkpoint
 
 
@@ -44,7 +58,11 @@ def main(argv: list[str] | None = None) -> dict:
         `dict`: What `results.json` holds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, run_args, topkast_config, training_args = parse_arguments(argv)
+    model_args, data_args, run_args, topkast_config, training_args, tuning = parse_arguments(
+        argv, (*DATACLASSES, FineTuningArguments)
+    )
+    pretrained = model_args.model_name_or_path
+    settle_fine_tuning(tuning, topkast_config, model_args.sparse, pretrained)
     checkpoint = find_checkpoint(training_args) if run_args.resume else training_args.resume_from_checkpoint
     prepare_for_evaluation(training_args)
 
@@ -57,14 +75,34 @@ def main(argv: list[str] | None = None) -> dict:
         name: EvaluationWindows(corpus.splits[name].tokens, split_name=name, **cut) for name in ("valid", "test")
     }
 
+    metric = "word_perplexity" if data_args.dataset == "wikitext103" else "bits_per_byte"
+
     # Model: initialised dense, so that a sparse and a dense run of one seed start from the same weights.
     set_seed(training_args.seed)
     model = build_model(model_args, corpus, data_args.window)
-    if model_args.sparse:
-        sparsify(model, topkast_config)
 
-    metric = "word_perplexity" if data_args.dataset == "wikitext103" else "bits_per_byte"
-    trainer = (TopKastTrainer if model_args.sparse else Trainer)(
+    def measure() -> dict[str, float]:
+        found = evaluate(model, eval_windows["valid"], metric_for(metric, corpus.splits["valid"]), training_args)
+        return {f"valid_{metric}": found[metric], "state_bytes": sparsity_report(model).trainable_state_bytes}
+
+    def time_generation() -> dict[str, float]:
+        prompt = corpus.splits["valid"].tokens[: min(PROMPT_TOKENS, data_args.window // 2)].astype("int64")
+        return {"generate_tokens_per_second": tokens_per_second(model, torch.from_numpy(prompt), training_args)}
+
+    stages = Stages(training_args.output_dir, resumed=checkpoint is not None)
+    if pretrained:
+        model.to(training_args.device)
+        stages.note("before", lambda: measure() | time_generation())
+    if model_args.sparse:
+        calibration = calibration_arguments(tuning, train_windows, itemgetter("input_ids"), checkpoint is not None)
+        sparsify(model, topkast_config, **calibration)
+        if pretrained:
+            stages.note("at_cut", measure)
+    if pretrained and training_args.process_index == 0:
+        stages.write()
+
+    sparse_trainer = TopKastDistillationTrainer if tuning.teacher else TopKastTrainer
+    trainer = (sparse_trainer if model_args.sparse else Trainer)(
         model=model,
         args=training_args,
         train_dataset=train_windows,
@@ -73,6 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=corpus.tokenizer,
         preprocess_logits_for_metrics=token_nats,
         compute_metrics=metric_for(metric, corpus.splits["valid"]),
+        **teacher_arguments(tuning, pretrained),
     )
     stopwatch = Stopwatch()
     trainer.add_callback(stopwatch)
@@ -91,6 +130,10 @@ def main(argv: list[str] | None = None) -> dict:
         results |= {f"{name}_bytes": split.num_bytes, f"{name}_words": split.num_words}
     trainer.save_state()
     results |= measure_model(model)
+    if pretrained:
+        results |= stages.values | {"weight_file_bytes": weight_file_bytes(training_args.output_dir)}
+        if not trainer.is_fsdp_enabled:  # which spreads the weights over processes: no model to generate with
+            results |= time_generation()
     tokens, steps = trainer.state.num_input_tokens_seen, trainer.state.global_step
     results |= {
         "tokens": tokens,
@@ -106,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
         write_results(training_args.output_dir, results, model_args, topkast_config)
         print(format_table(results))
         print(f"\n{metric}: valid {results[f'valid_{metric}']:.4f}, test {results[f'test_{metric}']:.4f}")
-        if run_args.sample_tokens:
+        if run_args.sample_tokens and not trainer.is_fsdp_enabled:
             print(sample_text(model, corpus, data_args.window, run_args.sample_prompt_tokens, run_args.sample_tokens))
     return results
 
@@ -147,12 +190,7 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
     """
     vocab_size = len(corpus.tokenizer)
     if args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-        if sparsity_report(model).rows:
-            raise ValueError(
-                f"`{args.model_name_or_path}` is sparse already. `--resume` goes on with the run that made it; or "
-                "save a copy made dense with `hf_topkast.densify` and start from that."
-            )
+        model = load_dense(args.model_name_or_path)
         if model.config.vocab_size < vocab_size:
             raise ValueError(
                 f"`{args.model_name_or_path}` knows {model.config.vocab_size:,} tokens, but the tokenizer has "

@@ -180,7 +180,7 @@ class TopKastDistillationTrainer(TopKastDistillationMixin, Trainer):
     Example:
 
     ```python
-    teacher = copy.deepcopy(model).to(torch.bfloat16)
+    teacher = copy.deepcopy(model)
     model = sparsify(model, density=0.5, calibration=batches)
     TopKastDistillationTrainer(model=model, teacher=teacher, args=training_args, train_dataset=dataset).train()
     ```

@@ -55,7 +55,7 @@ def _check_tokenizer(teacher: str | os.PathLike, tokenizer):
         raise ValueError(
             f"The tokenizer of the teacher '{teacher}' has another vocabulary than the student's: {len(theirs)} and "
             f"{len(ours)} tokens{example}. Logits of other tokens cannot be compared: take a teacher with the "
-            "student's tokenizer, such as the student's own weights of before."
+            "student's tokenizer; or give the trainer the student's as processing_class, if it is this one."
         )
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from toy_models import make_gpt2, make_llama, token_batches
@@ -112,6 +114,23 @@ def test_score_and_calibration_go_together():
     refused("score='magnitude' and calibration given", score="magnitude", calibration=token_batches(1))
     with pytest.raises(ValueError, match="score='magnitude' and calibration given"):
         sparsify(make_gpt2(), TopKastConfig(density=0.3), calibration=token_batches(1))
+
+
+@pytest.mark.parametrize("method", ["static", "topkast"])
+def test_a_pruned_model_keeps_what_it_has_whatever_its_rows(method):
+    pruned = make_llama()
+    with torch.no_grad():
+        for name, parameter in pruned.named_parameters():
+            if "proj" in name:  # the first rows have nothing, the last ones all
+                parameter[: len(parameter) // 2] = 0
+    model = copy.deepcopy(pruned)
+    sparsify(model, density="nonzero", method=method, calibration=token_batches(1))
+    tokens = token_batches(1, seed=1)[0]
+    torch.testing.assert_close(model(tokens).logits, pruned(tokens).logits)
+    for name, layer in sparse_layers(model):
+        assert torch.equal(layer.pattern.active_mask(), pruned.get_submodule(name).weight != 0)
+    with pytest.raises(ValueError, match="compare='row' is not allowed.*density='nonzero'"):
+        sparsify(pruned, density="nonzero", compare="row", calibration=token_batches(1))
 
 
 @pytest.mark.parametrize("field", ["score", "compare"])
