@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from .checks import check, check_regex, number, parsed, whole
-from .method import Method, get_method
+from .method import EXCHANGE, Method, get_method
 
 
 if TYPE_CHECKING:
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 # What only goes with a density schedule.
 SCHEDULE = ("density_schedule", "schedule_begin", "schedule_end")
-# What only some methods take: those that name a default for it.
-EXCHANGE = ("drop_share", "drop_end", "drop_decay", "update_until")
 
 
 def check_density(config: "TopKastConfig"):
@@ -127,6 +125,12 @@ def _check_method(config: "TopKastConfig", method: Method):
         check(config.reservoir_device == "same", "reservoir_device", config.reservoir_device, allowed)
         allowed = f"1 with method={config.method!r}, whose new weights are zero: there θ has no slope, and never moves"
         check(config.powerprop_alpha == 1 or not method.grows, "powerprop_alpha", config.powerprop_alpha, allowed)
+    moves = config.density == "nonzero" and method.refreshes
+    allowed = "1 with density='nonzero' and sets that change: a zero that enters has no slope, and never moves"
+    check(config.powerprop_alpha == 1 or not moves, "powerprop_alpha", config.powerprop_alpha, allowed)
+    everything = config.density == "nonzero" or method.backward_ratio < math.inf or config.backward_density == 1
+    allowed = f"left out, or 1, with method={config.method!r}, whose B is everything"
+    check(everything, "backward_density", config.backward_density, allowed)
     if method.gradient is not None:
         allowed = f"0 with method={config.method!r}, which needs the gradients of the very step"
         check(config.refresh_lag == 0, "refresh_lag", config.refresh_lag, allowed)
@@ -144,8 +148,9 @@ def _check_schedule(config: "TopKastConfig"):
     for setting, keeps_sizes in zip(settings, (config.density == "nonzero", not method.refreshes)):
         allowed = f"left out with {setting}: the sets keep their sizes"
         check(not keeps_sizes, "initial_density", config.initial_density, allowed)
-    allowed = f"at least density={config.density} with method={config.method!r}: what is pruned stays out"
-    falls = method.grows or config.initial_density >= config.density
+    allowed = f"at least every density with method={config.method!r}: what is pruned stays out"
+    overrides = config.density_overrides if isinstance(config.density_overrides, dict) else {}
+    falls = method.grows or config.initial_density >= max([config.density, *map(number, overrides.values())])
     check(falls, "initial_density", config.initial_density, allowed)
     for name in ("schedule_begin", "schedule_end"):
         _check_moment(config, name)

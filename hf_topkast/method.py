@@ -35,7 +35,7 @@ class LayerView:
         active, backward (`torch.Tensor`, *optional*): A and B as they are, bool, (rows, columns). `None` at the first
             choice, when the layer is made sparse.
         drop (`float`): share of A to exchange now, see `drop_share`.
-        by_row (`bool`): whether each row is to have an equal share of A and of B (`compare="row"`).
+        by_row (`bool`): whether each row is ranked by itself, and has an equal share (`compare="row"`).
         pruned (`bool`): whether the zeros of the first weights say how large A is (`density="nonzero"`).
         generator (`torch.Generator`): for random choices, on the CPU; the same on every rank and after resuming,
             another one for every layer, part and step.
@@ -89,11 +89,13 @@ class Method:
     needs: str = "nothing"
 
 
+# What only methods that exchange a share of A take: those that name a default for it.
+EXCHANGE = ("drop_share", "drop_end", "drop_decay", "update_until")
 # Fields that a method may give a default of its own.
 DEFAULTED = (
     *("refresh_every", "penalty", "new_state", "new_state_warmup"),
     *("initial_density", "density_schedule", "schedule_begin", "schedule_end"),
-    *("drop_share", "drop_end", "drop_decay", "update_until"),
+    *EXCHANGE,
 )
 
 METHODS: dict[str, Method] = {}
@@ -125,7 +127,8 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
         name (`str`): its name, not that of a method of this package.
         choose (`Callable`): a function of a [`LayerView`], or an object that can be called like one; see [`Method`].
         properties: other attributes of [`Method`], such as `keeps_values=False` or
-            `defaults={"drop_share": 0.1, "drop_decay": "cosine"}`.
+            `defaults={"drop_share": 0.1, "drop_decay": "cosine"}`; of the four fields that say what is exchanged, the
+            others are then `drop_end=0`, `drop_decay="constant"`, `update_until=1.0`.
 
     Returns:
         `Callable`: `choose`.
@@ -152,7 +155,10 @@ def register_method(name: str, choose: Callable | None = None, **properties) -> 
             f"register_method({name!r}): defaults has {odd[0]!r}, and a method may give defaults of "
             f"{', '.join(DEFAULTED)} only."
         )
-    METHODS[name] = Method(choose, **properties)
+    defaults = dict(properties.pop("defaults", {}))
+    if defaults.keys() & set(EXCHANGE):
+        defaults = {"drop_share": 0.0, "drop_end": 0.0, "drop_decay": "constant", "update_until": 1.0, **defaults}
+    METHODS[name] = Method(choose, defaults=defaults, **properties)
     _OWN.add(name)
     return choose
 

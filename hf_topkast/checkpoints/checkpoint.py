@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layers import TopKastLayer
+from ..method import get_method
 from ..ops.reference import expand_active
 from ..storage import (
+    NOWHERE,
     STRUCTURE,
     TRACKING,
     Pattern,
@@ -96,6 +98,11 @@ def split_state_dict(
         theta = assemble_theta(own["values"], pattern, own["reservoir"])
         tensors[f"{name}.rest"] = theta[rest_mask(active, backward, info.config)]
         tensors.update({f"{name}.{key}": own[key] for key in (*TRACKING, "input_norms") if key in own})
+        if ("input_norms" in own) != (info.config.score == "activation"):
+            raise CheckpointError(
+                f"Layer '{name}' {'has' if 'input_norms' in own else 'lacks'} norms of its inputs, which does not go "
+                f"with score={info.config.score!r}. Nothing is written: sparsify the model anew with calibration."
+            )
         shapes[name], digests[name] = pattern.shape, weight_digests(alpha[active])
     return stock, SparseState(tensors, info.config, shapes, digests, info.step)
 
@@ -179,6 +186,16 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
                 f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
                 f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
             )
+        for setting, mine, theirs in (
+            ("score", layer.input_norms is not None, state.config.score == "activation"),
+            ("method", layer.reservoir_device != NOWHERE, get_method(state.config.method).keeps_values),
+        ):
+            if mine != theirs:
+                raise CheckpointError(
+                    f"{directory} was trained with {setting}={getattr(state.config, setting)!r}, and layer '{name}' "
+                    f"of the model was made with another {setting}, which stores other numbers. Sparsify the model "
+                    "with that of the checkpoint, or load it with from_pretrained."
+                )
     own = model.state_dict()
     dense = _dense_tensors(model, own)
     own = {key: tensor for key, tensor in own.items() if key in dense}  # all but what sparse layers hold

@@ -47,7 +47,11 @@ def expect_compact(model: nn.Module, places: dict[str, str]):
 
 
 def fill_compact(model: nn.Module, state: SparseState, places: dict[str, str]):
-    """Puts the sparse layers of an export in the places that [`expect_compact`] has kept, with B = A."""
+    """
+    Puts the sparse layers of an export in the places that [`expect_compact`] has kept, with B = A. An export has no
+    norms of inputs, so that what trains on from it ranks by magnitude.
+    """
+    state.config.score, state.config.compare = "magnitude", "layer"
     for name, place in places.items():
         empty = model.get_submodule(place)
         dense, active = empty.dense[0], state.masks(name)[0].to(empty.weight.device)

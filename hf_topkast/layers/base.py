@@ -39,6 +39,10 @@ class TopKastLayer(SparseStorage):
         self.register_parameter("bias", dense.bias)
         self.train(dense.training)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.gradient_watch = self.input_watch = None  # of the layer that was copied
+
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
         if runs_one_token(x, self._features()[0], self.backend):

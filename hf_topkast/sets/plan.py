@@ -160,6 +160,8 @@ class SetPlan:
         (height, width), rows = self.config.block_size, self.parts[name][part]
         active, backward = (mask[::height, ::width][rows] for mask in (present.active, present.backward))
         gradients = None if present.gradients is None else present.gradients(rows)
+        if not self.method.grows:
+            size, backward_size = min(size, int(active.sum())), min(backward_size, int(backward.sum()))
         now = {"active": active, "backward": backward, "drop": present.drop, "gradients": gradients}
         return LayerView(scores, size, backward_size, **now, **common)
 

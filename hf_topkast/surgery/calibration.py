@@ -41,7 +41,14 @@ def input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iter
             f"calibration: layer '{unseen[0]}' got no input from {count} batches ({len(unseen)} such layers), so its "
             "weights cannot be scored. Give more or other batches, or name it in exclude_modules."
         )
-    return {name: _without_zeros(seen.mean().sqrt()) for name, seen in squares.items()}
+    norms = {name: seen.mean().sqrt() for name, seen in squares.items()}
+    broken = [name for name, norm in norms.items() if not bool(norm.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"calibration: inputs of layer '{broken[0]}' are NaN or infinite ({len(broken)} such layers), so its "
+            "weights cannot be scored. Load the model in float32 or bfloat16, and look at the batches."
+        )
+    return {name: _without_zeros(norm) for name, norm in norms.items()}
 
 
 @torch.no_grad()
@@ -74,8 +81,9 @@ def run_batches(
     def hook_of(name: str):
         def hook(module, args, kwargs):
             x = args[0] if args else kwargs["input"]
-            fits = mask is not None and x.shape[:-1] == mask.shape
-            see(name, x[mask.to(x.device)] if fits else x)
+            flat = mask is not None and x.shape[:-1] == (mask.numel(),)  # as some models flatten tokens
+            fits = flat or (mask is not None and x.shape[:-1] == mask.shape)
+            see(name, x[(mask.flatten() if flat else mask).to(x.device)] if fits else x)
 
         return hook
 

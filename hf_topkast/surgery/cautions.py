@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TopKastConfig
+from ..method import get_method
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +42,12 @@ def warn_of_a_cut(model: nn.Module, config: TopKastConfig):
     """Says of a pretrained model that weights taken away at once by magnitude alone cost it most of what it knows."""
     pretrained = isinstance(model, PreTrainedModel) and getattr(model, "name_or_path", "")
     cut = config.density not in (1, "nonzero") and config.initial_density is None and config.score == "magnitude"
-    if pretrained and cut:
+    if pretrained and cut and not get_method(config.method).ranks:
+        logger.warning(
+            f"'{pretrained}' is a pretrained model, and method={config.method!r} draws the first A at random, which "
+            "costs it all that it knows: it is for training from scratch. For fine-tuning see docs/fine_tuning.md."
+        )
+    elif pretrained and cut:
         logger.warning(
             f"'{pretrained}' is a pretrained model, and density={config.density} takes {1 - config.density:.0%} of "
             "its projections' weights away at once, by magnitude alone, which costs it most of what it knows. Two "

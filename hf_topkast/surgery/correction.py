@@ -32,7 +32,9 @@ def corrected(weight: Tensor, keep: Tensor, gram: Tensor) -> Tensor:
         `torch.Tensor`: (out, in), as `weight` outside of `keep`, in its dtype.
     """
     wide = weight.to(gram.dtype, copy=True)
-    gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damping = DAMPING * gram.diagonal().mean()
+    damping = torch.where(damping > 0, damping, 1)  # inputs that are all zero leave nothing to make up for
+    gram = gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     upper = torch.linalg.cholesky(inverse, upper=True)
     for begin in range(0, len(gram), COLUMNS):

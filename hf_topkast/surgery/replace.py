@@ -78,7 +78,8 @@ def sparsify(
             magnitude alone. It stands for `score="activation"`.
         correct (`bool`, *optional*, defaults to `False`): whether the weights that stay are changed to make up for
             those that go, by least squares over the calibration's inputs (SparseGPT). It runs the model once more for
-            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers.
+            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers. An error on the way leaves
+            the layers before it sparse.
         settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
 
     Returns:
@@ -161,7 +162,7 @@ def sparsify(
         layer = make_sparse(dense, active, backward, config)
         layer.input_norms = norms.get(name)
         if gram is not None:
-            layer.reassign(active, backward, corrected(theta, active, gram))
+            layer.reassign(active, backward, _corrected(name, theta, active, gram))
         replace_module(model, dense, layer)
 
     if correct:
@@ -274,6 +275,16 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
                 setattr(parent, name, new)
+
+
+def _corrected(name: str, theta: Tensor, active: Tensor, gram: Tensor) -> Tensor:
+    try:
+        return corrected(theta, active, gram)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"correct=True: the inputs of layer '{name}' give no matrix that can be inverted ({error}). The layers "
+            "before it are sparse already: load the model again, and give other batches or leave correct out."
+        ) from error
 
 
 def _log_summary(model: nn.Module):

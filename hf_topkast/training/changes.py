@@ -48,14 +48,14 @@ class ValueChanges:
         groups = self._groups()
         if compare and self.config.penalty_mode == "coupled" and not self._told:
             self._compare_penalty(density)
-        for name, layer in self.layers.items():
-            if layer.values.grad is None:
-                continue
+        trained = {name: layer for name, layer in self.layers.items() if layer.values.grad is not None}
+        for name, layer in trained.items():
             if id(layer.values) not in groups:
                 raise ValueError(
                     f"Layer '{name}' has a gradient, but the optimizer does not hold its values: it was unfrozen "
                     "after the optimizer was made. Make the optimizer and the controller anew."
                 )
+        for name, layer in trained.items():
             if self._alpha != 1:
                 powerprop.to_trained(local(layer.values), self._alpha)
                 self._trained.append(name)

@@ -114,6 +114,7 @@ class TopKastController:
         self.__dict__.update(state)
         if state["_hooks"]:
             self._attach()
+            self._refresher.expect(self.step + 1)
         else:
             self._hooks = []
 
@@ -268,7 +269,9 @@ class TopKastController:
             "topkast/penalty": self.penalty(),
         }
         if self.config.lr_scale != 1:
-            metrics["topkast/learning_rate"] = float(self.optimizer.param_groups[0]["lr"]) * self.config.lr_scale
+            first = next(layer.values for layer in self.layers.values() if layer.values.requires_grad)
+            held = (group for group in self.optimizer.param_groups if any(value is first for value in group["params"]))
+            metrics["topkast/learning_rate"] = float(next(held)["lr"]) * self.config.lr_scale
         if self.mask_churn is not None:
             metrics["topkast/mask_churn"] = self.mask_churn
         if self.refresh_seconds is not None:

@@ -16,7 +16,7 @@ from ..layers import TopKastLayer
 from ..ops import implementation
 from ..sets.fused import Rows
 from ..sets.selection import block_norms, top_mask
-from ..storage import Pattern, full, spread_blocks, world_size
+from ..storage import Pattern, full, is_sharded, spread_blocks, world_size
 
 
 # Share of a layer whose gradient exists at once, or so many numbers where that is more.
@@ -44,6 +44,9 @@ class GradientWatch:
     @torch.compiler.disable
     def __call__(self, x: Tensor, y: Tensor):
         """Notes a pass forward; the pass backward brings the gradient of `y`."""
+        values, recomputing = self.layer.values, torch._C._current_graph_task_id() != -1
+        if self._pairs and not is_sharded(values) and values.grad is None and not recomputing:
+            self._pairs = []  # of a step that was skipped, and whose gradients are gone
         if y.requires_grad:
             y.register_hook(partial(self._keep, x.detach()))
 
@@ -78,7 +81,7 @@ class GradientWatch:
         dtype = torch.promote_types(self.layer.values.dtype, torch.float32)
         total = torch.zeros(pattern.stored, dtype=dtype, device=self.layer.values.device)
         for x, dy in self._pairs:
-            x = x.to(dy.dtype)
+            x = x.to(dy.dtype)  # as autocast has it
             total += implementation(self.layer.backend, "grad_values", x, pattern).grad_values(dy, x, pattern)
         return self._over_ranks(total)
 

@@ -87,9 +87,10 @@ class StepObserver:
         for name, squares in self._inputs.items():
             norms = self.layers[name].input_norms
             squares.over_ranks(norms, self._group)
-            if squares.tokens:
-                mean = KEPT_SQUARES * norms.square() + (1 - KEPT_SQUARES) * squares.mean().to(norms)
-                norms.copy_(mean.sqrt())
+            seen = squares.mean() if squares.tokens else None
+            if seen is not None and bool(seen.isfinite().all()):  # else they would stay infinite for ever
+                former = norms.to(seen.dtype)
+                norms.copy_((KEPT_SQUARES * former.square() + (1 - KEPT_SQUARES) * seen).sqrt())
 
     def _trains(self, name: str) -> bool:
         return self.layers[name].values.requires_grad

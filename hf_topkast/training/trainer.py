@@ -78,8 +78,15 @@ class TopKastTrainerMixin:
             # Accelerate would send every entry of the state dict as a sharded parameter, and buffers are none.
             plugin.cpu_ram_efficient_loading = False
             config = sparse_info(self.model).config
+            sharded_files = not self._whole_checkpoints and self.args.save_strategy != "no"
+            if config.new_state == "fresh" and sharded_files:
+                raise ValueError(
+                    "new_state='fresh' keeps a step count for each weight in the optimizer's state, which a "
+                    "SHARDED_STATE_DICT does not bring back. Set fsdp_state_dict_type to FULL_STATE_DICT, or "
+                    "save_strategy='no'."
+                )
             resizes = config.initial_density or config.explore_until or config.distribution == "global"
-            if resizes and not self._whole_checkpoints and self.args.save_strategy != "no":
+            if resizes and sharded_files:
                 raise ValueError(
                     "Sizes of the sparse parameters change (initial_density, explore_until or distribution='global'), "
                     "and a SHARDED_STATE_DICT can only be resumed in the sizes that a model begins with. Set "

@@ -151,3 +151,9 @@ def test_a_layer_without_inputs_is_named():
 
     with pytest.raises(ValueError, match="layer 'unused' got no input from 1 batches"):
         sparsify(Forgetful(), density=0.5, target_modules="all-linear", calibration=torch.ones(2, 4))
+
+
+def test_inputs_that_are_no_numbers_are_named():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="inputs of layer '0' are NaN or infinite.*2 such layers"):
+        sparsify(model, density=0.5, target_modules="all-linear", calibration=torch.full((3, 4), float("inf")))

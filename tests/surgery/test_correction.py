@@ -107,3 +107,8 @@ def test_without_calibration_it_is_refused():
     with pytest.raises(ValueError, match="correct=True.*calibration=...: give batches"):
         sparsify(model, density=0.5, correct=True)
     assert not list(sparse_layers(model))
+
+
+def test_inputs_that_are_all_zero_change_nothing():
+    weight, keep, _ = problem(in_features=9)
+    assert torch.equal(corrected(weight, keep, torch.zeros(9, 9, dtype=torch.float64)), weight)

@@ -15,6 +15,7 @@ from hf_topkast import TopKastController, sparsify
 from hf_topkast.layers import TopKastLinear
 from hf_topkast.ops import BACKENDS
 from hf_topkast.sets import selection
+from hf_topkast.surgery import sparse_layers
 from hf_topkast.training import gradients
 from hf_topkast.training.gradients import GradientWatch, PartGradients
 
@@ -34,6 +35,7 @@ def see(watch, x, dy):
     output = y * 1
     watch(x, output)
     output.backward(dy)
+    watch.layer.values.grad = torch.zeros_like(watch.layer.values)  # as a pass through the layer leaves it
 
 
 def small_integers(*shape, generator, most=1):
@@ -237,3 +239,27 @@ def test_the_count_of_living_numbers_sees_a_whole_gradient(monkeypatch):
     watch = GradientWatch(layer)
     see(watch, torch.ones(2, 64), torch.ones(2, 64))
     assert living_numbers(lambda: watch.rows(slice(None)).abs(), monkeypatch) >= 2 * layer.numel
+
+
+def test_passes_of_a_step_that_was_given_up_do_not_count():
+    model = sparsify(make_gpt2(), method="rigl", density=0.2, refresh_every=1, update_until=100, drop_share=0.5)
+    other = copy.deepcopy(model)
+    bad, good = token_batches(2)
+    sets = []
+    for one, batches in ((model, [bad, good]), (other, [good])):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        TopKastController(one, optimizer)
+        for tokens in batches:
+            optimizer.zero_grad()  # after a loss that was no number, or a scaler's overflow
+            one(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        sets.append([layer.pattern.columns for _, layer in sparse_layers(one)])
+    assert all(torch.equal(first, second) for first, second in zip(*sets))
+
+
+def test_a_copy_of_a_model_watches_nothing():
+    model = sparsify(make_gpt2(), method="rigl", refresh_every=1, update_until=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    TopKastController(model, optimizer)
+    assert all(layer.gradient_watch is not None for _, layer in sparse_layers(model))
+    assert all(layer.gradient_watch is None for _, layer in sparse_layers(copy.deepcopy(model)))

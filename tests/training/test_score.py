@@ -8,7 +8,8 @@ from masked_reference import MaskedLayer, MaskedTraining
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import make_trainer, same_weights
 
-from hf_topkast import TopKastConfig, TopKastController, average_models, sparsify
+from hf_topkast import CheckpointError, TopKastConfig, TopKastController, average_models, export_sparse, sparsify
+from hf_topkast.checkpoints import load_checkpoint
 from hf_topkast.surgery import sparse_layers
 
 
@@ -141,3 +142,31 @@ def test_files_copies_and_averages_keep_the_norms(tmp_path):
     plain = sparsify(make_gpt2(), density=0.2)
     with pytest.raises(RuntimeError, match="input_norms"):
         plain.load_state_dict(model.state_dict())
+
+
+def test_a_step_whose_inputs_are_no_numbers_leaves_the_norms_as_they_are():
+    layer = sparsify(make_gpt2(), density=0.2, refresh_every=1, calibration=token_batches(1))
+    _, first = next(sparse_layers(layer))
+    controller = TopKastController(layer, adamw(layer.parameters()))
+    before = first.input_norms.clone()
+    first.input_watch.add(torch.full((3, len(before)), torch.inf))
+    controller.refresh()
+    assert torch.equal(first.input_norms, before)
+
+
+def test_files_whose_norms_do_not_go_with_the_settings_are_never_written(tmp_path):
+    model = sparsify(make_gpt2(), density=0.2, calibration=token_batches(1))
+    export_sparse(model, tmp_path / "compact")
+    loaded = type(model).from_pretrained(tmp_path / "compact")
+    assert loaded.topkast.config.score == "magnitude" and loaded.topkast.config.compare == "layer"
+    loaded.save_pretrained(tmp_path / "again")
+    type(model).from_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "scored")
+    plain = sparsify(make_gpt2(), density=0.2)
+    with pytest.raises(CheckpointError, match="score='activation', and layer .* made with another score"):
+        load_checkpoint(plain, tmp_path / "scored")
+    with pytest.raises(CheckpointError, match="method='topkast', and layer .* made with another method"):
+        load_checkpoint(sparsify(make_gpt2(), density=0.2, method="set"), tmp_path / "again")
+    next(sparse_layers(model))[1].input_norms = None
+    with pytest.raises(CheckpointError, match="lacks norms of its inputs.*score='activation'"):
+        model.save_pretrained(tmp_path / "broken")

@@ -8,6 +8,7 @@ from toy_models import loss_of, make_gpt2, token_batches
 
 from hf_topkast import TopKastConfig, TopKastController, register_method, sparsify
 from hf_topkast.method import METHODS
+from hf_topkast.sets import Timetable
 from hf_topkast.surgery import sparse_layers
 
 
@@ -247,3 +248,47 @@ def test_names_of_the_package_are_taken(own):
 def test_gradients_that_there_are_not_are_refused(own):
     with pytest.raises(ValueError, match=r"gradient='dens'.*'active' or 'dense'"):
         own(by_columns, gradient="dens")
+
+
+def test_a_method_that_names_one_field_of_the_exchange_gets_the_others():
+    register_method("own", by_columns, keeps_values=False, defaults={"drop_share": 0.2, "drop_decay": "cosine"})
+    try:
+        config = TopKastConfig(method="own")
+        exchange = config.drop_share, config.drop_end, config.drop_decay, config.update_until
+        assert exchange == (0.2, 0.0, "cosine", 1.0)
+        assert Timetable.of(config, 100).drop(50) == pytest.approx(0.1)
+    finally:
+        METHODS.pop("own")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": "nonzero", "powerprop_alpha": 2}, "powerprop_alpha=2.*density='nonzero'"),
+        ({"method": "dpf", "backward_density": 0.4}, "backward_density=0.4.*method='dpf', whose B is everything"),
+        (
+            {"method": "magnitude_pruning", "initial_density": 0.5, "density_overrides": {".*": 0.9}},
+            "initial_density=0.5.*at least every density",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_would_do_nothing_or_the_wrong_thing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TopKastConfig(**settings)
+    assert TopKastConfig(density="nonzero", method="static", powerprop_alpha=2).powerprop_alpha == 2
+
+
+def test_what_is_pruned_stays_out_of_a_training_that_begins_again():
+    model = sparsify(make_gpt2(), method="magnitude_pruning", density=0.2, refresh_every=1, schedule_begin=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = TopKastController(model, optimizer, total_steps=10)
+    for tokens in token_batches(4):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+    held = controller.density
+    controller.remove()
+    again = TopKastController(model, optimizer, total_steps=1000)
+    loss_of(model, token_batches(1)[0]).backward()
+    optimizer.step()
+    assert again.density <= held < 0.8
