@@ -412,7 +412,7 @@ class TestTeachers:
         words = written["model"]["vocab"]
         words["w7"], words["w8"] = words["w8"], words["w7"]
         path.write_text(json.dumps(written))
-        with pytest.raises(ValueError, match="another vocabulary.*'w[78]' is [78] and [78].*own weights of before"):
+        with pytest.raises(ValueError, match="another vocabulary.*'w[78]' is [78] and [78].*student's tokenizer"):
             trainer()
 
     def test_the_student_and_sparse_models_are_refused(self, tmp_path):
