@@ -12,6 +12,10 @@ from typing import Any
 from sweep_plan import Row, Run, Sweep, metric_of
 
 
+# What a row has besides the metric, as means over its seeds.
+AVERAGED = ("density", "backward_density", "nonzero_parameters", "state_bytes", "training_flops", "train_seconds")
+
+
 def read_results(sweep: Sweep, known: dict[Path, dict] | None = None) -> dict[Path, dict]:
     """
     The results of all finished runs by directory, `known` ones not read again.
@@ -28,8 +32,21 @@ def read_results(sweep: Sweep, known: dict[Path, dict] | None = None) -> dict[Pa
 
 
 def read_result(run: Run) -> dict[str, Any]:
-    """The results of a finished run."""
-    return json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    """
+    The results of a finished run.
+
+    Raises:
+        `ValueError`: If they lack what the tables need, as those of another version of `run_clm.py` may.
+    """
+    path = run.folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    missing = [key for key in AVERAGED if key not in results]
+    if missing:
+        raise ValueError(
+            f"`{path}` has no `{missing[0]}`: another version of run_clm.py wrote it. Delete its folder to run it "
+            "again, or give another `output_dir`."
+        )
+    return results
 
 
 def best_runs(sweep: Sweep, row: Row, finished: dict[Path, dict]) -> list[Run]:
@@ -92,9 +109,8 @@ def summarize(sweep: Sweep, row: Row, finished: dict[Path, dict], failed: dict[P
         summary[f"{split}_std"] = statistics.stdev(scores) if whole else None
     summary["seeds"] = len(runs)
     summary["gap_to_dense"] = None
-    for key in ("density", "backward_density", "nonzero_parameters", "state_bytes", "training_flops"):
+    for key in AVERAGED:
         summary[key] = statistics.fmean(result[key] for result in results)
-    summary["train_seconds"] = statistics.fmean(result["train_seconds"] for result in results)
     return summary
 
 

@@ -152,6 +152,18 @@ def test_results_of_other_settings_are_an_error_before_anything_runs(sweep_file,
     assert main([path, "--set", f"output_dir={tmp_path}/other"]) == 0
 
 
+def test_results_of_another_version_are_an_error_before_anything_runs(sweep_file, tmp_path):
+    assert main([sweep_file(TWO_ROWS)]) == 0
+    path = tmp_path / "out" / "dense" / "learning_rate-0.002" / "seed-1" / "results.json"
+    results = json.loads(path.read_text())
+    del results["training_flops"]
+    path.write_text(json.dumps(results))
+    before = starts(tmp_path / "out")
+    with pytest.raises(ValueError, match="results.json` has no `training_flops`.*Delete its folder"):
+        main([sweep_file(TWO_ROWS)])
+    assert starts(tmp_path / "out") == before
+
+
 def test_a_moved_sweep_goes_on(sweep_file, tmp_path):
     path = sweep_file("rows: {a: {learning_rate: [1e-3, 2e-3]}}")
     main([path])
