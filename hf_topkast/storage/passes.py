@@ -35,6 +35,7 @@ def is_laid_out(pattern: "Pattern") -> bool:
 
 
 def row_structure(active: Tensor, backward: Tensor, block_size: tuple[int, int], dtype: torch.dtype):
+    """`row_offsets`, int64, and `columns` of the structure of two masks, as [`Pattern.from_masks`] makes them."""
     sides = [size % side for size, side in zip(active.shape, block_size)]
     if not _are_masks(active, backward) or active.ndim != 2 or any(sides) or dtype not in (torch.int16, torch.int32):
         return NotImplemented
@@ -53,6 +54,7 @@ def row_structure(active: Tensor, backward: Tensor, block_size: tuple[int, int],
 
 
 def mask_of(pattern: "Pattern", whole: bool) -> Tensor:
+    """A, or with `whole` B, as a bool mask, (out, in): `Pattern`'s masks."""
     if not _is_known(pattern):
         return NotImplemented
     mask = torch.empty(pattern.shape, dtype=torch.bool, device="cpu")
@@ -61,6 +63,7 @@ def mask_of(pattern: "Pattern", whole: bool) -> Tensor:
 
 
 def take_slots(theta: Tensor, pattern: "Pattern") -> Tensor:
+    """The numbers of θ, (out, in), at the slots of a pattern: (|B|,)."""
     if theta.element_size() not in ITEM_SIZES or theta.shape != pattern.shape or not _is_known(pattern):
         return NotImplemented
     theta, values = theta.contiguous(), theta.new_empty(pattern.stored)
@@ -70,6 +73,7 @@ def take_slots(theta: Tensor, pattern: "Pattern") -> Tensor:
 
 
 def slot_sources(old: "Pattern", new: "Pattern") -> Tensor:
+    """As `pattern.slot_sources`."""
     same = old.shape == new.shape and old.block_size == new.block_size
     if not (same and _is_known(old) and _is_known(new)):
         return NotImplemented
@@ -80,6 +84,7 @@ def slot_sources(old: "Pattern", new: "Pattern") -> Tensor:
 
 
 def outside(numbers: Tensor, mask: Tensor, into: Tensor | None = None) -> Tensor:
+    """The numbers outside a mask, by ascending flat index, written into a tensor that fits if one is given."""
     if numbers.element_size() not in ITEM_SIZES or not _are_masks(mask) or numbers.shape != mask.shape:
         return NotImplemented
     numbers, mask = numbers.contiguous(), mask.contiguous()
@@ -93,6 +98,7 @@ def outside(numbers: Tensor, mask: Tensor, into: Tensor | None = None) -> Tensor
 
 
 def assemble_theta(values: Tensor, pattern: "Pattern", reservoir: Tensor) -> Tensor:
+    """As `reservoir.assemble_theta`."""
     fits = len(values) == pattern.stored and len(reservoir) in (0, pattern.numel - pattern.stored)
     types = values.dtype == reservoir.dtype and values.element_size() in ITEM_SIZES
     if not (fits and types and _is_known(pattern)):
@@ -104,6 +110,7 @@ def assemble_theta(values: Tensor, pattern: "Pattern", reservoir: Tensor) -> Ten
 
 
 def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
+    """As `distributed.moved`, for a tensor that is not sharded."""
     fits = numbers.ndim == sources.ndim == 1 and fresh.shape in ((), sources.shape)
     types = numbers.dtype == fresh.dtype and numbers.element_size() in ITEM_SIZES and sources.dtype == torch.int64
     if not (fits and types):
@@ -116,6 +123,7 @@ def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
 
 
 def set_sizes(active: Tensor, backward: Tensor) -> tuple[int, int, int]:
+    """How many places A has, B has, and A has outside of B."""
     if not _are_masks(active, backward):
         return NotImplemented
     active, backward, numel = active.contiguous(), backward.contiguous(), active.numel()
@@ -123,6 +131,7 @@ def set_sizes(active: Tensor, backward: Tensor) -> tuple[int, int, int]:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
+    """As `pattern.pack_bits`."""
     if not _are_masks(mask):
         return NotImplemented
     mask, packed = mask.contiguous(), torch.empty(-(-mask.numel() // 8), dtype=torch.uint8, device="cpu")
@@ -131,6 +140,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    """As `pattern.unpack_bits`."""
     if packed.dtype != torch.uint8 or packed.ndim != 1 or numel > 8 * len(packed):
         return NotImplemented
     packed, mask = packed.contiguous(), torch.empty(numel, dtype=torch.bool, device="cpu")
@@ -139,6 +149,7 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
 
 
 def set_digest(pattern: "Pattern") -> Tensor:
+    """As `distributed.set_digest`."""
     if not (is_laid_out(pattern) and _is_sound(pattern)):
         return NotImplemented
     return torch.tensor(extension.set_digest(structure(pattern), thread_count(pattern.stored)), device="cpu")

@@ -114,17 +114,7 @@ def sparsify(
     if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
         sparsify(model._orig_mod, config, calibration=calibration, correct=correct)
         return model
-    already = [name for name, _ in sparse_layers(model)]
-    if already:
-        raise ValueError(
-            f"The model is sparse already ({len(already)} layers, the first is '{already[0]}'). Call densify(model) "
-            "first to start again with other settings."
-        )
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
-            "get_peft_model (or add_adapter) on the sparse model."
-        )
+    _check_dense(model)
     check_not_quantized(model)
     select_backend(config.backend)
     targets = find_targets(model, config)
@@ -275,6 +265,20 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
                 setattr(parent, name, new)
+
+
+def _check_dense(model: nn.Module):
+    already = [name for name, _ in sparse_layers(model)]
+    if already:
+        raise ValueError(
+            f"The model is sparse already ({len(already)} layers, the first is '{already[0]}'). Call densify(model) "
+            "first to start again with other settings."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
+            "get_peft_model (or add_adapter) on the sparse model."
+        )
 
 
 def _corrected(name: str, theta: Tensor, active: Tensor, gram: Tensor) -> Tensor:
