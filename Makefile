@@ -9,7 +9,7 @@ PARALLEL ?= --numprocesses auto --dist worksteal
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all lint format docs clean
+.PHONY: demo test test-all lint types format docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/run_clm.py recipes/enwik8/demo.yaml
@@ -26,13 +26,23 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# Annotations of what the package exports, and names and arguments everywhere: [tool.mypy] in pyproject.toml.
+types: $(INSTALLED)
+	$(BIN)/mypy
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, into site/: a broken link or anchor, or a page without a place in the navigation, is an error.
 docs: $(INSTALLED)
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What a release holds beside the wheels of cibuildwheel: the sources, and the wheel without kernels, for any machine.
+dist:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build -C wheel.cmake=false -C wheel.platlib=false -C wheel.py-api=py3
 
 # torch comes first and alone: any later request for it is then met by the build chosen here.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -42,4 +52,4 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist site .mypy_cache *.egg-info

@@ -126,7 +126,8 @@ class FineTuningArguments:
         return {spec.name: value for spec in fields(self) if (value := getattr(self, spec.name)) != spec.default}
 
 
-DATACLASSES = (ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments)
+# Those of run_clm.py, and so of every run of a sweep.
+DATACLASSES = (ModelArguments, DataArguments, RunArguments, TopKastConfig, TrainingArguments, FineTuningArguments)
 
 
 def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES) -> tuple:
@@ -146,7 +147,10 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
         `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it.
     """
     # "resolve" lets a second dataclass have a field of the same name: see above.
-    parser = HfArgumentParser(dataclasses, allow_abbrev=False, conflict_handler="resolve", description=__doc__)
+    usage = "%(prog)s CONFIG.yaml [--field value ...]"  # argparse would name all fields with every error
+    parser = HfArgumentParser(
+        dataclasses, usage=usage, allow_abbrev=False, conflict_handler="resolve", description=__doc__
+    )
     parser.add_argument("config", help="YAML file of fields.")
     fields = {action.dest for action in parser._actions} - {"help", "config"}
     given, unknown = parser.parse_known_args(argv)
@@ -168,7 +172,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"There is no configuration file `{path}`. Give one of recipes/*/*.yaml as first argument.")
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`{path}` is not YAML ({error}).") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`{path}` is not a list of `field: value` lines.")
     return settings

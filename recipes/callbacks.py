@@ -1,65 +1,95 @@
-"""What is written down while a run trains: how the sets change, and how long it takes, over resumed runs as well."""
+"""What is shown and noted while a run trains: how far it is, how its sets change, and how long it takes."""
 
-import json
 import os
+import sys
 import time
-from pathlib import Path
+from datetime import timedelta
+from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils.logging import disable_progress_bar
+
+from hf_topkast.layer_log import read_layers
 
 
-CHURN_NAME = "churn.jsonl"
+# What stands beside the bar, by the key that it is logged under.
+TOLD = {"loss": "loss", "eval_loss": "eval loss", "topkast/density": "density", "topkast/mask_churn": "churn"}
 
 
-class ChurnLog(TrainerCallback):
+class Progress(TrainerCallback):
     """
-    Writes `churn.jsonl` in the output directory: for each refresh a line `{"step": s, "layers": {name: churn}}`, the
-    share of a layer's A that left it.
+    Shows how far a training is: on a terminal one bar, else, as in a log file, a line for each twentieth of it.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The one that trains, a `TopKastTrainer`; it is asked for its controller.
+        bar (`bool`): Whether there may be a bar.
     """
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self._before: dict[str, float] | None = None
+    LINES = 20
+
+    def __init__(self, bar: bool):
+        self._has_bar = bar and sys.stderr.isatty()
+        self._told: dict[str, str] = {}
+
+    @classmethod
+    def take_over(cls, trainer: Trainer):
+        """Puts one in the place of what [`~transformers.Trainer`] would print, which is every log as a dictionary."""
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(cls(bar=not trainer.args.disable_tqdm))
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # those of loading and saving
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Drops what an earlier run wrote of steps that come again."""
-        path = Path(args.output_dir, CHURN_NAME)
-        if not state.is_world_process_zero or not path.exists():
-            return
-        kept = [json.dumps(line) + "\n" for line in read_churn(args.output_dir) if line["step"] <= state.global_step]
-        temporary = path.with_name(CHURN_NAME + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Remembers the last refresh, to see whether this step has one."""
-        self._before = self.trainer.topkast_controller.layer_churn
+        """Starts the bar and the clock, of a resumed run where it goes on."""
+        self._began, self._first, self._lines = time.monotonic(), state.global_step, self._line_of(state)
+        hidden = not (self._has_bar and state.is_world_process_zero)
+        steps = {"total": state.max_steps, "initial": state.global_step}
+        self._bar = tqdm(**steps, unit="step", disable=hidden, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Writes the line, if this step had a refresh."""
-        churn = self.trainer.topkast_controller.layer_churn
-        if churn is self._before or not state.is_world_process_zero:
+        """Moves the bar on."""
+        self._bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows the numbers that say most."""
+        self._told |= {name: f"{logs[key]:.4g}" for key, name in TOLD.items() if key in logs}
+        told = ", ".join(f"{name} {value}" for name, value in self._told.items())
+        if not state.is_world_process_zero or not state.is_local_process_zero:
             return
-        with Path(args.output_dir, CHURN_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "layers": churn}) + "\n")
+        if self._has_bar:
+            self._bar.set_postfix_str(told)
+            return
+        if self._line_of(state) > self._lines and "loss" in logs:
+            self._lines = self._line_of(state)
+            steps = f"step {state.global_step:,} of {state.max_steps:,}"
+            print(f"{steps}, {self._passed(state)}: {told}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Ends the bar."""
+        self._bar.close()
+
+    def _line_of(self, state) -> int:
+        return state.global_step * self.LINES // max(1, state.max_steps)
+
+    def _passed(self, state) -> str:
+        """The time that has passed, and what it will be at the end if all goes on like this."""
+        passed = time.monotonic() - self._began
+        whole = passed * (state.max_steps - self._first) / max(1, state.global_step - self._first)
+        return f"{timedelta(seconds=round(passed))} of {timedelta(seconds=round(whole))}"
 
 
-def read_churn(output_dir: str | os.PathLike) -> list[dict]:
-    """
-    The lines of a run's `churn.jsonl`, by step; none if there is no such file.
-
-    The last line of a step counts, and what a killed run left unfinished at the end of the file does not.
-    """
-    path = Path(output_dir, CHURN_NAME)
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    lines = {line["step"]: line for line in map(json.loads, whole.splitlines())}
-    return [lines[step] for step in sorted(lines)]
+def read_churn(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The churn of each layer at each refresh of a run, `{"step": s, "layers": {name: churn}}`, by step."""
+    lines = (
+        {
+            "step": entry["step"],
+            "layers": {name: seen["churn"] for name, seen in entry["layers"].items() if "churn" in seen},
+        }
+        for entry in read_layers(output_dir)
+    )
+    return [line for line in lines if line["layers"]]
 
 
 class Stopwatch(TrainerCallback, ExportableState):

@@ -103,6 +103,8 @@ def describe_environment() -> dict[str, Any]:
 
 def current_commit() -> str | None:
     """The commit that is checked out where this file is, or `None` outside a checkout or without git."""
+    if Path(__file__).parents[1].joinpath("__init__.py").is_file():
+        return None  # installed with the package: a checkout around it would be somebody else's
     command = ["git", "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

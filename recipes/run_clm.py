@@ -6,8 +6,8 @@ came out.
 
 The YAML file holds any fields of the dataclasses in arguments.py, of `hf_topkast.TopKastConfig` and of
 `transformers.TrainingArguments`; the command line wins over it. `output_dir` then holds the model and its tokenizer,
-`results.json`, a model card, the churn of each layer (`churn.jsonl`), and checkpoints from which `--resume` goes on.
-What a pretrained model was worth before, dense and right after the cut, is written down, too.
+`results.json`, a model card, what each layer did (`topkast_layers.jsonl`), and checkpoints from which `--resume` goes
+on. What a pretrained model was worth before, dense and right after the cut, is written down, too.
 """
 
 import sys
@@ -16,8 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from arguments import DATACLASSES, FineTuningArguments, ModelArguments, parse_arguments, refuse_unknown_keys
-from callbacks import ChurnLog, Stopwatch
+from arguments import ModelArguments, parse_arguments, refuse_unknown_keys
+from callbacks import Progress, Stopwatch
 from data import Corpus, Split, load_corpus
 from fine_tuning import (
     PROMPT_TOKENS,
@@ -43,7 +43,7 @@ from transformers import (
 )
 from windows import EvaluationWindows, TrainingWindows
 
-from hf_topkast import TopKastDistillationTrainer, TopKastTrainer, sparsify, sparsity_report
+from hf_topkast import TopKastDistillationTrainer, TopKastLayerLogger, TopKastTrainer, sparsify, sparsity_report
 from hf_topkast.checkpoints import last_whole_checkpoint
 
 
@@ -58,9 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
         `dict`: What `results.json` holds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, run_args, topkast_config, training_args, tuning = parse_arguments(
-        argv, (*DATACLASSES, FineTuningArguments)
-    )
+    model_args, data_args, run_args, topkast_config, training_args, tuning = parse_arguments(argv)
     pretrained = model_args.model_name_or_path
     settle_fine_tuning(tuning, topkast_config, model_args.sparse, pretrained)
     checkpoint = find_checkpoint(training_args) if run_args.resume else training_args.resume_from_checkpoint
@@ -115,8 +113,9 @@ def main(argv: list[str] | None = None) -> dict:
     )
     stopwatch = Stopwatch()
     trainer.add_callback(stopwatch)
+    Progress.take_over(trainer)
     if model_args.sparse:
-        trainer.add_callback(ChurnLog(trainer))
+        trainer.add_callback(TopKastLayerLogger())
     at_first = measure_model(model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -220,20 +219,31 @@ def metric_for(name: str, split: Split) -> Callable:
 
 
 def sample_text(model: PreTrainedModel, corpus: Corpus, window: int, prompt_tokens: int, new_tokens: int) -> str:
-    """The first tokens of the valid split and what the model makes of them, for printing."""
+    """
+    The first tokens of the valid split and what the model makes of them, for printing. Past its window it goes on from
+    the last half of what it has read.
+    """
     prompt_tokens = min(prompt_tokens, window // 2)
     prompt = torch.from_numpy(corpus.splits["valid"].tokens[:prompt_tokens].astype("int64"))[None].to(model.device)
     model.eval()
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(new_tokens, window - prompt_tokens),
-        do_sample=True,
-        top_p=0.95,
-        pad_token_id=corpus.start_token,
-    )
-    text = corpus.tokenizer.decode(output[0, prompt_tokens:])
-    return f"\nprompt: {corpus.tokenizer.decode(prompt[0])}\nsample: {text}"
+    text = prompt
+    while (missing := prompt_tokens + new_tokens - text.shape[1]) > 0:
+        read = text[:, -(window // 2) :]
+        output = model.generate(
+            read,
+            attention_mask=torch.ones_like(read),
+            max_new_tokens=min(missing, window - read.shape[1]),
+            do_sample=True,
+            top_p=0.95,
+            pad_token_id=corpus.start_token,
+        )
+        if output.shape[1] == read.shape[1]:
+            break
+        text = torch.cat([text, output[:, read.shape[1] :]], dim=1)
+        if output[0, -1] == corpus.tokenizer.eos_token_id:  # the text is over
+            break
+    sample = corpus.tokenizer.decode(text[0, prompt_tokens:])
+    return f"\nprompt: {corpus.tokenizer.decode(prompt[0])}\nsample: {sample}"
 
 
 if __name__ == "__main__":

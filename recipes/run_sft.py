@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from arguments import FineTuningArguments, parse_arguments
-from callbacks import Stopwatch
+from callbacks import Progress, Stopwatch
 from fine_tuning import (
     PROMPT_TOKENS,
     Stages,
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     stopwatch = Stopwatch()
     trainer.add_callback(stopwatch)
+    Progress.take_over(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -19,7 +19,7 @@ A sweep file:
       80/60: {density: 0.2, backward_density: 0.4, learning_rate: [2e-3, 4e-3, 8e-3]}
       small dense: {base: ../enwik8/small_dense.yaml, learning_rate: 4e-3}
     grid: {density: [0.2, 0.1]}    # multiplies the rows, but those that give the field themselves; dense rows only by
-                                   # fields that are not Top-KAST's
+                                   # fields that are not Top-KAST's or fine-tuning's
     tune: learning_rate            # the field to choose the best value of, on the valid split (this is the default)
     seeds: [0, 1, 2]               # default [0]. All values run with the first seed, the best one with the others too
     seeds_everywhere: false        # true: all values with all seeds, and the best mean is chosen

@@ -26,7 +26,7 @@ def estimate_training_flops(run: Run) -> float | None:
     Sets change at refreshes only and densities may be overridden for single layers, both of which are left out. `None`
     where settings do not tell: without `max_steps`, or with `density: nonzero`.
     """
-    model_args, data_args, _, topkast, training = parse_run(run)
+    model_args, data_args, _, topkast, training, _ = parse_run(run)
     steps = training.max_steps
     if steps <= 0 or (model_args.sparse and topkast.density == "nonzero"):
         return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arguments import DATACLASSES, parse_arguments, refuse_unknown_keys
+from arguments import DATACLASSES, FineTuningArguments, parse_arguments, refuse_unknown_keys
+from fine_tuning import settle_fine_tuning
 from transformers import TrainingArguments
 
 from hf_topkast import TopKastConfig
@@ -25,7 +26,9 @@ OF_THE_SWEEP = {"seed": "give `seeds`", "output_dir": "give it at the top", "res
 SWEEP_KEYS = {"output_dir", "base", "settings", "rows", "grid", "tune", "seeds", "seeds_everywhere", "keep_models"}
 SWEEP_KEYS |= {"like", "overrides"}
 FIELDS = {spec.name for cls in DATACLASSES for spec in fields(cls) if spec.init}
-SPARSE_FIELDS = {spec.name for spec in fields(TopKastConfig)} - {spec.name for spec in fields(TrainingArguments)}
+# What a dense row has no use for.
+SPARSE_FIELDS = {spec.name for cls in (TopKastConfig, FineTuningArguments) for spec in fields(cls)}
+SPARSE_FIELDS -= {spec.name for spec in fields(TrainingArguments)}
 
 
 @dataclass(frozen=True)
@@ -249,11 +252,19 @@ def _check_runs(sweep: Sweep, path: Path) -> None:
 
 
 def parse_run(run: Run) -> tuple:
-    """The settings of a run as run_clm.py reads them, see [`parse_arguments`]."""
+    """
+    The settings of a run as run_clm.py reads them, see [`parse_arguments`].
+
+    Raises:
+        `ValueError`: If it would refuse them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         path.write_text(dump_yaml(run.settings), encoding="utf-8")
-        return parse_arguments([str(path)])
+        parsed = parse_arguments([str(path)])
+    model_args, _, _, topkast, _, tuning = parsed
+    settle_fine_tuning(tuning, topkast, model_args.sparse, model_args.model_name_or_path)
+    return parsed
 
 
 class _Loader(yaml.SafeLoader):

@@ -67,7 +67,7 @@ def group_rows(sweep: Sweep, runs: dict[str, Run]) -> dict[str, list[str]]:
 
 def _kind(run: Run) -> str:
     """The method, and what B is beside A; nothing for a dense model."""
-    model_args, _, _, topkast, _ = parse_run(run)
+    model_args, _, _, topkast, _, _ = parse_run(run)
     if not model_args.sparse:
         return ""
     if topkast.backward_density in (None, topkast.density):

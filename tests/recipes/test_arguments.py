@@ -3,7 +3,7 @@ from pathlib import Path
 import arguments
 import pytest
 import yaml
-from arguments import DATACLASSES, DataArguments, FineTuningArguments, ModelArguments, parse_arguments
+from arguments import DATACLASSES, DataArguments, ModelArguments, parse_arguments
 from transformers import TrainingArguments
 
 
@@ -26,7 +26,7 @@ def parse(tmp_path):
 def test_every_recipe_parses_and_says_how_to_launch_it(path):
     settings = yaml.safe_load(path.read_text())
     bf16 = ["--bf16", "false"] if "bf16" in settings else []  # not every machine that runs this test has it
-    found = parse_arguments([str(path), *bf16], (*DATACLASSES, FineTuningArguments))
+    found = parse_arguments([str(path), *bf16])
     training = found[4]
     for field, value in settings.items():
         holder = next(holder for holder in found if hasattr(holder, field))
@@ -62,7 +62,7 @@ def test_small_dense_has_as_many_weights_as_the_sparse_model_has_nonzeros(folder
 
 def test_command_line_wins_over_file_and_file_over_defaults(parse):
     text = "learning_rate: 1e-3\nwindow: 64\nsparse: false\ndensity: 0.3"
-    model, data, run, topkast, training = parse(text, "--window", "32", "--sparse", "true", "--density=0.1")
+    model, data, run, topkast, training, _ = parse(text, "--window", "32", "--sparse", "true", "--density=0.1")
     assert (training.learning_rate, training.seed) == (1e-3, 42)  # YAML reads 1e-3 as a string
     assert (data.window, model.sparse, run.resume) == (32, True, False)
     assert (topkast.density, topkast.backward_density) == (0.1, 0.2)
@@ -70,16 +70,16 @@ def test_command_line_wins_over_file_and_file_over_defaults(parse):
 
 def test_nested_values_come_from_file_or_command_line(parse):
     text = "config_overrides: {n_layer: 2}\ntarget_modules: [c_attn, c_fc]"
-    model, _, _, topkast, _ = parse(text)
+    model, _, _, topkast, _, _ = parse(text)
     assert model.config_overrides == {"n_layer": 2}
     assert topkast.target_modules == ["c_attn", "c_fc"]
-    model, _, _, topkast, _ = parse(text, "--config_overrides", '{"n_layer": 3}', "--target_modules", "c_proj")
+    model, _, _, topkast, _, _ = parse(text, "--config_overrides", '{"n_layer": 3}', "--target_modules", "c_proj")
     assert model.config_overrides == {"n_layer": 3}
     assert topkast.target_modules == ["c_proj"]
 
 
 def test_a_regex_of_target_modules_stays_one_string(parse):
-    _, _, _, topkast, _ = parse(r"target_modules: h\.\d+\.mlp\..*")
+    _, _, _, topkast, _, _ = parse(r"target_modules: h\.\d+\.mlp\..*")
     assert topkast.target_modules == r"h\.\d+\.mlp\..*"
 
 
@@ -110,15 +110,14 @@ def test_bad_configuration_file_is_an_error(text, complaint, tmp_path):
 
 
 def test_the_seed_is_all_that_two_dataclasses_share():
-    dataclasses = (*DATACLASSES, FineTuningArguments)
-    names = [name for found in dataclasses for name in found.__dataclass_fields__ if name != "quant_method"]
+    names = [name for found in DATACLASSES for name in found.__dataclass_fields__ if name != "quant_method"]
     assert {name for name in names if names.count(name) > 1} == {"seed"}
 
 
 def test_a_field_that_two_dataclasses_share_goes_to_both(parse):
-    _, _, _, topkast, training = parse("seed: 7")
+    _, _, _, topkast, training, _ = parse("seed: 7")
     assert (topkast.seed, training.seed) == (7, 7)
-    _, _, _, topkast, training = parse("seed: 7", "--seed", "8")
+    _, _, _, topkast, training, _ = parse("seed: 7", "--seed", "8")
     assert (topkast.seed, training.seed) == (8, 8)
 
 

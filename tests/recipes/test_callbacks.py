@@ -1,54 +1,79 @@
+import sys
 import time
-from types import SimpleNamespace
 
 import pytest
-from callbacks import ChurnLog, Stopwatch, read_churn
+from callbacks import Progress, Stopwatch, read_churn
 from results import count_training_flops, measure_model
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerState, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_topkast import sparsify
+from hf_topkast.layer_log import append_entry
 
 
 @pytest.fixture
-def log(tmp_path):
-    """A churn log whose trainer pretends refreshes, and a function that runs steps of it."""
-    controller = SimpleNamespace(layer_churn=None)
-    log = ChurnLog(SimpleNamespace(topkast_controller=controller))
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+def watched(tmp_path, capsys):
+    """A training that is pretended, and what its progress prints."""
 
-    def run(first, last, refreshes):
-        state = TrainerState(global_step=first, is_world_process_zero=True)
-        log.on_train_begin(args, state, None)
-        while state.global_step < last:
-            log.on_step_begin(args, state, None)
-            state.global_step += 1
-            if state.global_step in refreshes:
-                controller.layer_churn = dict(refreshes[state.global_step])
-            log.on_step_end(args, state, None)
+    def run(steps, terminal=False, first=0, **state):
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        state = TrainerState(global_step=first, max_steps=steps, is_world_process_zero=True, **state)
+        progress = Progress(bar=terminal)
+        progress.on_train_begin(args, state, None)
+        for step in range(first + 1, steps + 1):
+            state.global_step = step
+            progress.on_step_end(args, state, None)
+            progress.on_log(args, state, None, logs={"loss": 1 / step, "topkast/mask_churn": 0.25, "epoch": 1.0})
+        progress.on_log(args, state, None, logs={"train_runtime": 1.0})
+        progress.on_train_end(args, state, None)
+        return capsys.readouterr().err
 
     return run
 
 
-def test_a_line_for_each_refresh(log, tmp_path):
-    log(0, 9, {3: {"a": 0.5}, 6: {"a": 0.5}})
-    assert read_churn(tmp_path) == [{"step": 3, "layers": {"a": 0.5}}, {"step": 6, "layers": {"a": 0.5}}]
+def test_a_log_file_gets_twenty_lines(watched):
+    lines = watched(1000).splitlines()
+    assert len(lines) == Progress.LINES
+    assert lines[0].startswith("step 50 of 1,000, 0:00:00 of ") and lines[0].endswith(": loss 0.02, churn 0.25")
+    assert lines[-1].startswith("step 1,000 of 1,000")
+    assert len(watched(3).splitlines()) == 3
+    assert watched(1000, is_local_process_zero=False) == ""
 
 
-def test_a_resumed_run_supersedes_what_came_after_its_checkpoint(log, tmp_path):
-    log(0, 9, {3: {"a": 0.5}, 6: {"a": 0.4}, 9: {"a": 0.3}})
-    with (tmp_path / "churn.jsonl").open("a") as file:
-        file.write('{"step": 12, "lay')  # killed while it wrote
-    log(5, 7, {6: {"a": 0.1}})
-    assert [(line["step"], line["layers"]["a"]) for line in read_churn(tmp_path)] == [(3, 0.5), (6, 0.1)]
-    log(0, 3, {3: {"a": 0.7}})
-    assert [(line["step"], line["layers"]["a"]) for line in read_churn(tmp_path)] == [(3, 0.7)]
+def test_a_resumed_run_goes_on_in_lines_and_time(watched):
+    assert [line.split(",")[0] for line in watched(40, first=30).splitlines()] == [
+        f"step {n} of 40" for n in range(31, 41)
+    ][1::2]
 
 
-def test_the_last_line_of_a_step_counts(tmp_path):
+def test_a_terminal_gets_one_bar(watched, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    said = watched(30, terminal=True)
+    assert "30/30" in said and "churn 0.25" in said and said.count("\n") == 1
+
+
+def test_it_takes_over_from_what_prints_dictionaries(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    for quiet in (True, False):
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=quiet)
+        trainer = Trainer(model=model, args=args)
+        Progress.take_over(trainer)
+        kinds = {type(callback) for callback in trainer.callback_handler.callbacks}
+        assert Progress in kinds and not kinds & {ProgressCallback, PrinterCallback}
+
+
+def test_churn_is_read_from_the_layers(tmp_path):
     assert read_churn(tmp_path) == []
-    lines = ['{"step": 6, "layers": {"a": 1}}', '{"step": 3, "layers": {"a": 2}}', '{"step": 6, "layers": {"a": 3}}']
-    (tmp_path / "churn.jsonl").write_text("\n".join(lines) + "\n")
-    assert [(line["step"], line["layers"]["a"]) for line in read_churn(tmp_path)] == [(3, 2), (6, 3)]
+    append_entry(tmp_path, 0, {"a": {"density": 0.5}})
+    append_entry(tmp_path, 3, {"a": {"density": 0.5, "churn": 0.1}, "frozen": {"density": 0.5}})
+    assert read_churn(tmp_path) == [{"step": 3, "layers": {"a": 0.1}}]
 
 
 def test_seconds_go_on_where_the_checkpoint_was(monkeypatch):

@@ -256,6 +256,13 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     assert results_module.current_commit() == git("rev-parse", "HEAD") != ""
 
 
+def test_an_installed_recipe_has_no_commit(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr(results_module, "__file__", str(tmp_path / "recipes" / "results.py"))
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: pytest.fail("asked git"))
+    assert results_module.current_commit() is None
+
+
 def test_commit_is_null_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(results_module, "__file__", str(tmp_path / "results.py"))
     assert results_module.current_commit() is None

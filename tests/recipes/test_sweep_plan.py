@@ -3,7 +3,8 @@ from pathlib import Path
 import arguments
 import pytest
 import yaml
-from sweep_plan import load_yaml, read_sweep
+from arguments import FineTuningArguments
+from sweep_plan import load_yaml, parse_run, read_sweep
 from sweep_plots import group_rows
 
 
@@ -82,6 +83,19 @@ def test_grid_multiplies_rows_but_not_dense_ones_nor_those_that_have_the_field(r
     assert "density" not in sweep.rows[0].settings
 
 
+def test_rows_may_be_fine_tunings(read):
+    sweep = read(
+        "settings: {model_name_or_path: name, config_overrides: }\n"
+        "grid: {calibration_windows: [4, 8]}\n"
+        "rows: {dense: {sparse: false}, a: {correct: true}, b: {calibration_windows: 2, teacher: self}}"
+    )
+    rows = {row.name: row for row in sweep.rows}
+    assert [*rows] == ["dense", "a, calibration_windows 4", "a, calibration_windows 8", "b"]
+    _, _, _, topkast, _, tuning = parse_run(sweep.first_runs(rows["a, calibration_windows 8"])[0])
+    assert tuning == FineTuningArguments(calibration_windows=8, correct=True) and topkast.score == "activation"
+    assert "calibration_windows" not in rows["dense"].settings and rows["b"].settings["teacher"] == "self"
+
+
 def test_overrides_win_over_rows(read):
     sweep = read("rows: {a: {max_steps: 20, learning_rate: [1e-3, 2e-3]}}", max_steps=30, learning_rate=0.5, seeds=[7])
     assert sweep.rows[0].settings["max_steps"] == 30 and sweep.rows[0].values == [0.5] and sweep.seeds == [7]
@@ -143,6 +157,11 @@ def test_edges_are_those_of_numbers_of_which_there_are_several(read):
         ("rows: {80/60: {}, 80-60: {}}", r"`80/60, .*` and `80-60, .*` have the same directory"),
         ("rows: {a: {learning_rate: [1e-3, 0.001]}}", "have the same directory"),
         ("rows: {a: {density: 2.0}}", r"a, as given, seed 0: density=2.0"),
+        (
+            "rows: {a: {calibration_windows: 4, sparse: false}}",
+            r"a, as given, seed 0: `calibration_windows` is 4.*dense",
+        ),
+        ("rows: {a: {correct: true}}", r"a, as given, seed 0: `correct` is true"),
         ("rows: {a: {base: nothing.yaml}}", r"no file .*nothing.yaml"),
         ("rows: {a: {}, a: {}}", "`a` stands twice"),
         ("rows: {a: {}}\nseeds: [1, 1]", r"seeds: \[1, 1\]"),
