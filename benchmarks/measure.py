@@ -4,9 +4,6 @@ import argparse
 import datetime
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_topkast
 from hf_topkast.ops import BACKENDS, has_triton
+from hf_topkast.ops.timing import clock, interleaved, median_ratio  # noqa: F401 (for the benchmarks)
 
 
 # GPT-2's shapes, by name: layers, width, vocabulary and context.
@@ -25,45 +23,6 @@ MODELS = {
     "350M": {"layers": 24, "width": 1024, "vocabulary": 50257, "context": 1024},
     "1B": {"layers": 18, "width": 2048, "vocabulary": 50257, "context": 1024},
 }
-
-
-def clock(device: str) -> float:
-    """Seconds, read when the device has done all it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", calls: int = 1
-) -> dict[str, list[float]]:
-    """
-    Times functions in turn, round by round, so that whatever disturbs the machine meets all of them.
-
-    Args:
-        runs (`dict[str, Callable]`): what to time, by name; each is called once before the clock starts.
-        rounds (`int`): timings of each.
-        device (`str`, *optional*, defaults to `"cpu"`): where they run; `"cuda"` is waited for.
-        calls (`int`, *optional*, defaults to 1): calls in a timing. On a GPU several hide the way from host to device.
-
-    Returns:
-        `dict[str, list[float]]`: seconds of a call, for each round, by name.
-    """
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = clock(device)
-            for _ in range(calls):
-                run()
-            seconds[name].append((clock(device) - start) / calls)
-    return seconds
-
-
-def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Median over the rounds of one time over the other of the same round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator))
 
 
 def make_gpt2(layers: int, width: int, positions: int, vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:

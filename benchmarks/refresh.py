@@ -5,9 +5,9 @@ float32 numbers, in one process.
     python -m benchmarks.refresh [--shapes 4096x4096 768x3072] [--layers 4] [--bf16] [--method topkast] [--threads 1]
 
 Rounds are interleaved, with new gradients and an AdamW step before each refresh; times are medians over the rounds, in
-nanoseconds a weight, ratios medians of the ratios in one round. Memory is what a refresh takes at its peak beyond what
-was there before it, in bytes a weight, each side in a process of its own (Linux). Whether both sides have the same
-weights, sets and optimizer state in the end, bit for bit, is said in the last column.
+nanoseconds a weight and in seconds for all layers, ratios medians of the ratios in one round. Memory is what a refresh
+takes at its peak beyond what was there before it, in bytes a weight, each side in a process of its own (Linux). The
+last column says whether both sides have the same weights, sets and optimizer state in the end, bit for bit.
 """
 
 import argparse
@@ -131,6 +131,8 @@ def main():
         "block": "{}×{}".format(*args.block_size),
         "method": args.method + (" by row" if args.compare == "row" else ""),
         **{f"{name}, ns": statistics.median(times) / len(numbers) * 1e9 for name, times in seconds.items()},
+        "millions": len(numbers) / 1e6,
+        **{f"{name}, s": statistics.median(times) for name, times in seconds.items()},
         "torch / C++": median_ratio(seconds["torch"], seconds["C++"]),
         "C++ / partition": median_ratio(seconds["C++"], seconds["partition"]),
         **{f"{side}, bytes": memory[side] for side in SIDES},

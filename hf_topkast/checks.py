@@ -65,6 +65,8 @@ class GuardedSettings:
     where nothing depends on the value that they had.
     """
 
+    _fixed: "dict[str, str]"
+
     def guard(self):
         """From now on every change of a field is checked."""
         self.__dict__.setdefault("_fixed", {})

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, overload
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -245,7 +245,7 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
     )
     quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for spec in fields(self):
             setattr(self, spec.name, plain(getattr(self, spec.name)))
         check_density(self)
@@ -280,8 +280,22 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
         """All fields as JSON types, with `quant_method`, as the state file stores them."""
         return {spec.name: copy.deepcopy(getattr(self, spec.name)) for spec in fields(self)}
 
+    @overload
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> "TopKastConfig": ...
+
+    @overload
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> "tuple[TopKastConfig, dict[str, Any]]": ...
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "TopKastConfig | tuple[TopKastConfig, dict[str, Any]]":
         """
         Builds the configuration from a dictionary, as [`TopKastConfig.to_dict`] gives it.
 

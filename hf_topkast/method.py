@@ -20,6 +20,27 @@ class Gradients(Protocol):
     def of_active(self) -> Tensor:
         """Magnitudes of the gradient that the optimizer was given, (rows, columns), zero outside A."""
 
+    def seen(self) -> bool:
+        """Whether anything came to these weights in that step: to an expert, it may be no token."""
+
+
+class Late:
+    """A field of a dataclass that may be given as a function without arguments, called when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return None  # what the field is by default
+        given = instance.__dict__[self._name]
+        if callable(given):
+            given = instance.__dict__[self._name] = given()
+        return given
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self._name] = value
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -45,8 +66,8 @@ class LayerView:
     theta: Tensor
     size: int
     backward_size: int
-    active: Tensor | None = None
-    backward: Tensor | None = None
+    active: Tensor | None = Late()
+    backward: Tensor | None = Late()
     drop: float = 0.0
     by_row: bool = False
     pruned: bool = False
@@ -116,7 +137,7 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def register_method(name: str, choose: Callable | None = None, **properties) -> Callable:
+def register_method(name: str, choose: Callable[..., Any] | None = None, **properties: Any) -> Callable[..., Any]:
     """
     Makes a rule of your own a value of `method`; also a decorator, `@register_method("mine")`.
 

@@ -11,21 +11,20 @@ class SparsityReport(SparsityCounts):
     """
 
     def __str__(self) -> str:
-        header = f"{'layer':<44} {'shape':>13} {'weights':>12} {'density':>8} {'backward':>8} {'MiB':>9} {'dense':>9}"
+        header = f"{'layer':<44} {'shape':>19} {'weights':>12} {'density':>8} {'backward':>8} {'MiB':>9} {'dense':>9}"
         lines = [header, "-" * len(header)]
         for row in self.rows:
-            shape = f"{row.shape[0]}×{row.shape[1]}"
             lines.append(
-                f"{row.name:<44} {shape:>13} {row.weights:>12,} {row.density:>8.4f} {row.backward_density:>8.4f} "
-                f"{_mib(row.trainable_state_bytes)} {_mib(row.dense_state_bytes)}"
+                f"{row.name:<44} {row.shape_text:>19} {row.weights:>12,} {row.density:>8.4f} "
+                f"{row.backward_density:>8.4f} {_mib(row.trainable_state_bytes)} {_mib(row.dense_state_bytes)}"
             )
         weights = sum(row.weights for row in self.rows)
         lines += [
             "-" * len(header),
-            f"{'sparse layers':<44} {'':>13} {weights:>12,} {self.density:>8.4f} {self.backward_density:>8.4f} "
+            f"{'sparse layers':<44} {'':>19} {weights:>12,} {self.density:>8.4f} {self.backward_density:>8.4f} "
             f"{_mib(sum(row.trainable_state_bytes for row in self.rows))} "
             f"{_mib(sum(row.dense_state_bytes for row in self.rows))}",
-            f"{'whole model':<44} {'':>13} {self.total_parameters:>12,} {'':>8} {'':>8} "
+            f"{'whole model':<44} {'':>19} {self.total_parameters:>12,} {'':>8} {'':>8} "
             f"{_mib(self.trainable_state_bytes)} {_mib(self.dense_state_bytes)}",
             "MiB: parameters, gradients and two Adam moments, and for sparse layers indices and reservoir.",
             *(f"method {name} needs beyond its |B| numbers: {needs}" for name, needs in self.needs.items()),

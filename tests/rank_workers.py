@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from ranks import FSDP
+from tiny_families import make_family
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_models import loss_of, make_gpt2, token_batches
@@ -19,7 +20,7 @@ from toy_training import make_trainer
 from transformers import TrainerCallback
 
 from benchmarks.scaling import live_bytes
-from hf_topkast import TopKastConfig, TopKastController, sparsify
+from hf_topkast import TopKastConfig, TopKastController, TopKastTrainer, sparsify
 from hf_topkast.storage.distributed import SHARDS_INTEGERS, full, is_sharded, local
 from hf_topkast.surgery import sparse_layers
 
@@ -88,6 +89,21 @@ def distil(directory: str, **settings):
         torch.save(state, Path(directory) / "report.pt")
 
 
+def adapt(directory: str, own: bool, **settings):
+    """Trains an adapter, around a sparse model or in it; every rank writes what it has to a file."""
+    from test_peft import lora_trainer  # (which imports `ranks`)
+
+    kind = lora_trainer(TopKastTrainer, make_gpt2, own)
+    trainer = make_trainer(directory, kind=kind, use_cpu=False, max_steps=4, learning_rate=0.1, **settings)
+    before = {name: layer.theta() for name, layer in sparse_layers(trainer.model)}
+    trainer.train()
+    for name, layer in sparse_layers(trainer.model):
+        assert torch.equal(layer.theta(), before[name])
+    adapters = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    adapters["ranks"] = torch.tensor(trainer.args.world_size)
+    torch.save(adapters, Path(directory, f"adapter-{trainer.args.process_index}.pt"))
+
+
 def pass_for_gpus():
     """Lets Accelerate use FSDP2 on CPUs, which torch can do and Accelerate does not offer: it silently takes DDP."""
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
@@ -119,6 +135,8 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         del state[f"{name}.values"]
         state.pop(f"{name}.columns", None)
         state[f"{name}.theta"], state[f"{name}.sets"] = layer.theta(), layer.active_mask.int() + layer.backward_mask
+        if layer.input_norms is not None:
+            state[f"{name}.input_norms"] = layer.input_norms.clone()
     return state
 
 
@@ -138,6 +156,7 @@ def plain_loops(directory: str):
         "steps": {name: sizes_change(Path(directory, f"{name}.pt"), **config) for name, config in RESIZING.items()},
         "unwrapped": refusal(lambda model: TopKastController(model.module, sgd(model)), explore_until=2),
         "other sets": refusal(TopKastController, lambda model: sgd(model), seed=dist.get_rank()),
+        "other calibration": refusal(TopKastController, sgd, calibration=token_batches(1, seed=dist.get_rank())),
         "drift": refusal(drift),
         "nan": refusal(one_nan),
     }
@@ -232,11 +251,16 @@ def sharded_bytes(**config) -> int:
     return live_bytes(model, optimizer)
 
 
-def by_methods(directory: str, configs: dict[str, dict], sharded: bool):
-    """Trains by each configuration on this rank's part of the batches; every rank writes what it has to a file."""
+def by_methods(directory: str, configs: dict[str, dict], sharded: bool, skips: bool = False, micro_batches: int = 1):
+    """
+    Trains by each configuration on this rank's part of the batches; every rank writes what it has to a file. Where a
+    model's weights are scored by their inputs, all ranks calibrate it alike. With `skips`, steps are given up in
+    between, as a gradient scaler does.
+    """
     dist.init_process_group("gloo")
     for name, config in configs.items():
-        model = sparsify(make_gpt2(dtype=torch.float64), **config)
+        calibration = token_batches(2, seed=5) if config.get("score") == "activation" else None
+        model = sparsify(make_gpt2(dtype=torch.float64), **config, calibration=calibration)
         bare = model
         if sharded:
             for _, layer in sparse_layers(model):
@@ -248,11 +272,65 @@ def by_methods(directory: str, configs: dict[str, dict], sharded: bool):
             model = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         TopKastController(model, optimizer, total_steps=8)
-        for tokens in token_batches(8):
-            loss_of(model, tokens[:2].chunk(2)[dist.get_rank()]).backward()
+        batches = token_batches(8 * micro_batches)
+        for first in range(0, len(batches), micro_batches):
+            for tokens in (batches[0],) if skips else ():
+                loss_of(model, tokens[:2].chunk(2)[dist.get_rank()]).backward()
+                optimizer.zero_grad()
+            for tokens in batches[first : first + micro_batches]:
+                (loss_of(model, tokens[:2].chunk(2)[dist.get_rank()]) / micro_batches).backward()
             optimizer.step()
             optimizer.zero_grad()
         torch.save(whole(bare), Path(directory, f"{name}-{dist.get_rank()}.pt"))
+
+
+def experts_by_methods(directory: str, family: str, configs: dict[str, dict], sharded: bool):
+    """
+    As `by_methods`, of a mixture-of-experts model; each rank writes what it has, and how many experts were without a
+    token in how many passes. Rank 1 has sequences of one token only, which few experts get.
+    """
+    dist.init_process_group("gloo")
+    for name, config in configs.items():
+        model = expert_model(family, config)
+        bare, idle = model, []
+        for _, layer in sparse_layers(model):
+            if hasattr(layer, "experts"):
+                layer.register_forward_hook(
+                    lambda module, args, y, idle=idle: idle.append(
+                        int((args[1].diff(prepend=args[1].new_zeros(1)) == 0).sum())
+                    )
+                )
+        if sharded:
+            for _, layer in sparse_layers(model):
+                layer.offer_columns()
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        else:
+            model = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        TopKastController(model, optimizer, total_steps=6)
+        for tokens in expert_batches():
+            loss_of(model, tokens.chunk(2)[dist.get_rank()]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = whole(bare)
+        state["idle"] = torch.tensor(idle)
+        torch.save(state, Path(directory, f"{name}-{dist.get_rank()}.pt"))
+
+
+def expert_model(family: str, config: dict) -> torch.nn.Module:
+    """A sparse model in float64."""
+    calibration = expert_batches(seed=5) if config.get("score") == "activation" else None
+    return sparsify(make_family(family).double().train(), **config, calibration=calibration)
+
+
+def expert_batches(seed: int = 0) -> list[torch.Tensor]:
+    """Batches of which the second half has one token only, over and over."""
+    batches = [tokens[:2] + 2 for tokens in token_batches(6, seed=seed)]
+    for tokens in batches:
+        tokens[1] = tokens[1, :1]
+    return batches
 
 
 def prepared_by_accelerate(directory: str):

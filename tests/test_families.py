@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_topkast import TopKastTrainer, densify, export_sparse, sparsify
+from hf_topkast.layers import TopKastGroupedLinear, TopKastLayer
 from hf_topkast.surgery import sparse_layers
 
 
@@ -85,14 +86,25 @@ def check_gradients(model: PreTrainedModel):
     dense = densify(copy.deepcopy(model))
     loss_of(model).backward()
     loss_of(dense).backward()
+    parameters = dict(dense.named_parameters())
     for name, layer in sparse_layers(model):
-        expected = dense.get_submodule(name).weight.grad
+        experts = isinstance(layer, TopKastGroupedLinear)
+        expected = parameters[name if experts else f"{name}.weight"].grad
         if expected is None:  # for example cross-attention, without an encoder
             assert layer.values.grad is None, name
         else:
             expected = layer.to_rows(expected).flatten()[layer.pattern.flat_index()]
             torch.testing.assert_close(layer.values.grad, expected, rtol=1e-3, atol=1e-4, msg=name)
     model.zero_grad()
+
+
+def check_experts(model: PreTrainedModel):
+    """No expert stays dense, and no router becomes sparse."""
+    for name, module in model.named_modules():
+        if "Experts" in type(module).__name__ and not isinstance(module, torch.nn.ModuleList):
+            assert not [key for key, parameter in module.named_parameters() if parameter.ndim == 3], name
+        path = name.split(".")
+        assert not (isinstance(module, TopKastLayer) and {"gate", "router"} & set(path)), name
 
 
 class SaveOnce(TrainerCallback):
@@ -204,6 +216,7 @@ def test_family(family, stock_reader, tmp_path):
         with pytest.raises(ValueError, match=re.escape(f"exclude_modules={STACKED[family]}")):
             sparsify(model, density=0.3)
     sparsify(model, **settings).train()
+    check_experts(model)
     check_gradients(model)
 
     trainer = make_trainer(model, tmp_path)

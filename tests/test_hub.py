@@ -92,3 +92,24 @@ assert equal(model, loaded)
 """
     run(hub, tmp_path, code)
     assert any(STATE_NAME in request for request in hub.requests)
+
+
+def test_inspect_keeps_nothing_but_small_files(hub, tmp_path):
+    code = """
+import contextlib, io, json
+from pathlib import Path
+from hf_topkast import sparsity_report
+from hf_topkast.cli import main
+
+model.push_to_hub("user/sparse")
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    main(["inspect", "user/sparse", "--json"])
+found = json.loads(printed.getvalue())
+assert found["kind"] == "sparse" and found["totals"]["density"] == sparsity_report(model).density
+kept = [path.name for path in Path(os.environ["HF_HOME"]).rglob("*") if path.name.endswith((".json", ".safetensors"))]
+assert "config.json" in kept and not any(name.endswith(".safetensors") for name in kept), kept
+with contextlib.suppress(SystemExit):
+    main(["inspect", "user/nothing"])
+    raise AssertionError
+"""
+    run(hub, tmp_path, code)

@@ -7,7 +7,15 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from ranks import launch
 from safetensors.torch import load_file
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import CONFIG, make_trainer, same_weights
@@ -26,18 +34,19 @@ def make_model(request):
     return request.param
 
 
-def add_lora(model, make_model, **settings):
+def add_lora(model, make_model, own=False, **settings):
+    """A model with an adapter: PEFT's wrapper around it, or only layers in it, as transformers' add_adapter does."""
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=TARGETS[make_model], fan_in_fan_out=make_model is make_gpt2, **settings)
-    return get_peft_model(model, config)
+    return inject_adapter_in_model(config, model) if own else get_peft_model(model, config)
 
 
-def lora_trainer(base, make_model):
+def lora_trainer(base, make_model, own=False):
     """A trainer class that adds an adapter to the model it is given."""
 
     class LoraTrainer(base):
         def __init__(self, model, **kwargs):
-            super().__init__(model=add_lora(model, make_model), **kwargs)
+            super().__init__(model=add_lora(model, make_model, own), **kwargs)
 
     return LoraTrainer
 
@@ -173,3 +182,18 @@ def test_adalora_trains_as_on_the_densified_model():
             optimizer.zero_grad()
         outcome.append(adapted.eval()(tokens[0]).logits.detach())
     torch.testing.assert_close(*outcome, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_ranks_train_an_adapter_as_one_process(tmp_path, own):
+    """DDP has to leave the sets alone, under the names that they have below an adapter."""
+    for ranks in (1, 2):
+        directory = tmp_path / str(ranks)
+        directory.mkdir()
+        launch("adapt", ranks, directory=str(directory), own=own, per_device_train_batch_size=4 // ranks, optim="sgd")
+    alone, *both = (torch.load(tmp_path / place) for place in ("1/adapter-0.pt", "2/adapter-0.pt", "2/adapter-1.pt"))
+    assert [found.pop("ranks").item() for found in (alone, *both)] == [1, 2, 2]
+    assert any("lora_B" in name and parameter.any() for name, parameter in alone.items())
+    for name, parameter in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        torch.testing.assert_close(both[0][name], parameter, rtol=0, atol=1e-5, msg=name)

@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
+from tiny_families import make_family
 from toy_models import make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
@@ -74,7 +76,7 @@ def test_dense_model():
 def test_prints_a_table_and_gives_json():
     report = sparsity_report(sparsify(make_gpt2(), density=0.2))
     text = str(report)
-    assert "transformer.h.1.mlp.c_proj" in text and "24×96" in text
+    assert "transformer.h.1.mlp.c_proj" in text and "24 × 96" in text
     stored = json.loads(json.dumps(report.to_dict()))
     assert stored["density"] == report.density
     assert stored["rows"][0]["name"] == "transformer.h.0.attn.c_attn"
@@ -84,3 +86,24 @@ def test_markdown():
     text = sparsity_report(sparsify(make_gpt2(), density=0.2)).to_markdown()
     assert "| `transformer.h.1.mlp.c_proj` | 24 × 96 | 0.2001 | 0.4002 |" in text
     assert text.splitlines()[-1].startswith("| all sparse layers | | 0.2")
+
+
+def test_experts():
+    report = sparsity_report(sparsify(make_family("mixtral"), density=0.25))
+    row = next(row for row in report.rows if row.name == "model.layers.1.mlp.experts.gate_up_proj")
+    assert (row.experts, row.shape, row.weights) == (4, (96, 32), 4 * 96 * 32)
+    assert (row.active, row.stored) == (4 * 96 * 8, 4 * 96 * 16)
+    assert re.search(r"model\.layers\.1\.mlp\.experts\.gate_up_proj +4 × \(96 × 32\) +12,288 ", str(report))
+    assert "| `model.layers.1.mlp.experts.gate_up_proj` | 4 × (96 × 32) | 0.2500 | 0.5000 |" in report.to_markdown()
+    rows = {row["name"]: row["experts"] for row in json.loads(json.dumps(report.to_dict()))["rows"]}
+    assert rows[row.name] == 4 and rows["model.layers.1.self_attn.q_proj"] is None
+    assert report.total_parameters == sum(parameter.numel() for parameter in make_family("mixtral").parameters())
+
+
+def test_live_bytes_of_experts():
+    model = sparsify(make_family("mixtral"), density=0.2, refresh_every=2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(input_ids=torch.arange(12).view(1, 12)).logits.square().sum().backward()
+    optimizer.step()
+    frequencies = sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
+    assert sparsity_report(model).trainable_state_bytes == live_bytes(model, optimizer) - frequencies

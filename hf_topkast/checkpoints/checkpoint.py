@@ -81,15 +81,15 @@ def split_state_dict(
                 "has failed. Nothing is written. Save between two optimizer steps, or try again."
             )
         structure = (own[key] for key in STRUCTURE)
-        problem = mixture(*structure, own.get("sets_digest"), layer.shape, layer.block_size)
+        problem = mixture(*structure, own.get("sets_digest"), layer.matrix_shape, layer.block_size)
         if problem:
             raise CheckpointError(f"Layer '{name}': {problem}")
-        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.shape, layer.block_size)
+        pattern = Pattern(*(own[key] for key in STRUCTURE), layer.matrix_shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)
         weight = layer.to_stock(alpha)
         for place in places[layer]:  # a layer that stands in several, as the dense one it replaced did
-            stock[f"{place}.weight"] = weight
+            stock[layer.stock_name(place)] = weight
             for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS):
                 stock.pop(f"{place}.{key}", None)
         tensors[f"{name}.active"] = pack_bits(active)
@@ -200,16 +200,18 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
     dense = _dense_tensors(model, own)
     own = {key: tensor for key, tensor in own.items() if key in dense}  # all but what sparse layers hold
     weights = to_model_names(model, _read_weights(Path(directory)), dense, directory)
-    for name, *others in _places(model).values():  # a layer that stands in several counts by its first name
+    for layer, places in _places(model).items():  # a layer that stands in several counts by its first name
+        name, *others = map(layer.stock_name, places)
         for other in others:
-            del dense[f"{other}.weight"]
-            if f"{other}.weight" in weights:
-                weights.setdefault(f"{name}.weight", weights.pop(f"{other}.weight"))
+            del dense[other]
+            if other in weights:
+                weights.setdefault(name, weights.pop(other))
     _check_weights(weights, own, dense, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
-        restore_theta(layer.to_rows(weights[f"{name}.weight"]), state, name, exact=True)
+        restore_theta(layer.to_rows(weights[layer.stock_name(name)]), state, name, exact=True)
     for name, layer in layers.items():
-        restore_layer(layer, restore_theta(layer.to_rows(weights.pop(f"{name}.weight")), state, name), state, name)
+        alpha = layer.to_rows(weights.pop(layer.stock_name(name)))
+        restore_layer(layer, restore_theta(alpha, state, name), state, name)
     weights = {key: shard_like(t, own[key]) if is_sharded(own[key]) else t for key, t in weights.items()}
     model.load_state_dict(weights, strict=False)
     sparse_info(model).step = state.step
@@ -220,11 +222,10 @@ def _dense_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str,
     """The state dict that a sparse model has as a dense one, on the meta device."""
     dense = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in state_dict.items()}
     for layer, places in _places(model).items():
-        shape = layer.shape[::-1] if layer.stores_transposed else layer.shape
         for place in places:
             for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS):
                 dense.pop(f"{place}.{key}", None)
-            dense[f"{place}.weight"] = torch.empty(shape, dtype=layer.values.dtype, device="meta")
+            dense[layer.stock_name(place)] = torch.empty(layer.stock_shape, dtype=layer.values.dtype, device="meta")
     return dense
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..layers import sparse_type
+from ..layers import ExpertStack, layer_named, sparse_type
 from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparse_layers
 from .state_file import SparseState
 
@@ -22,10 +22,12 @@ def compact_state(model: nn.Module, stock: dict[str, Tensor], state: SparseState
     """
     tensors = {}
     for name, layer in sparse_layers(model):
-        alpha = stock[f"{name}.weight"]
+        key = layer.stock_name(name)
+        alpha = stock[key]
         tensors[f"{name}.active"] = state.tensors[f"{name}.active"]
         tensors[f"{name}.values"] = layer.to_rows(alpha)[state.masks(name)[0]]
-        stock[f"{name}.weight"] = alpha.new_empty(0)
+        # Of experts in three dimensions, which survive being split and transposed on the way to their names on disk.
+        stock[key] = alpha.new_empty((len(alpha), 0, 0) if alpha.ndim == 3 else 0)
     return SparseState(tensors, state.config, state.shapes, digests={}, step=state.step, compact=True)
 
 
@@ -42,8 +44,11 @@ class EmptyLayer(nn.Module):
 def expect_compact(model: nn.Module, places: dict[str, str]):
     """Makes a model on the meta device ready for the empty weights of an export; `places` are names in the model."""
     for place in places.values():
-        dense = model.get_submodule(place)
-        replace_module(model, dense, EmptyLayer(dense))
+        dense = layer_named(model, place)
+        if isinstance(dense, ExpertStack):
+            dense.empty()
+        else:
+            replace_module(model, dense, EmptyLayer(dense))
 
 
 def fill_compact(model: nn.Module, state: SparseState, places: dict[str, str]):
@@ -53,10 +58,15 @@ def fill_compact(model: nn.Module, state: SparseState, places: dict[str, str]):
     """
     state.config.score, state.config.compare = "magnitude", "layer"
     for name, place in places.items():
-        empty = model.get_submodule(place)
-        dense, active = empty.dense[0], state.masks(name)[0].to(empty.weight.device)
+        empty = layer_named(model, place)
+        active = state.masks(name)[0].to(empty.weight.device)
         values = state.tensors[f"{name}.values"].to(empty.weight)
         alpha = empty.weight.new_zeros(active.shape).masked_scatter_(active, values)
+        if isinstance(empty, ExpertStack):
+            empty.fill(alpha)
+            replace_module(model, empty, make_sparse(empty, active, active, state.config))
+            continue
+        dense = empty.dense[0]
         stock = sparse_type(dense).to_stock(alpha)
         dense.weight = nn.Parameter(stock, requires_grad=empty.weight.requires_grad)
         dense.bias = empty.bias

@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     Gives a temporary name beside `path` to write to, and renames it to `path` once it is safely on disk.
 
@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def flush(path: str | os.PathLike):
+def flush(path: str | os.PathLike[str]) -> None:
     """Waits until a file, or the names in a directory, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -41,7 +41,7 @@ def flush(path: str | os.PathLike):
         os.close(handle)
 
 
-def flush_tree(directory: str | os.PathLike):
+def flush_tree(directory: str | os.PathLike[str]) -> None:
     """Waits until everything in a directory is on disk."""
     for folder, _, files in os.walk(directory):
         for name in files:
@@ -49,7 +49,7 @@ def flush_tree(directory: str | os.PathLike):
         flush(folder)
 
 
-def is_whole(checkpoint: str | os.PathLike) -> bool:
+def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
     """
     Whether a checkpoint directory of Trainer was written to its end: `trainer_state.json` comes last, so a directory
     without a readable one was left half-written.
@@ -61,7 +61,7 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     return "global_step" in state
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
+def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """
     The checkpoint directory of the highest step that is whole, with a warning for each later one that is not.
 

@@ -23,8 +23,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
 
 from ..config import QUANT_METHOD, TopKastConfig
-from ..layers import sparse_type
-from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparsify, weight_rows
+from ..layers import layer_named, sparse_type, weight_rows
+from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparsify
 from .checkpoint import restore_layer, restore_theta
 from .compact import expect_compact, fill_compact
 from .state_file import STATE_NAME, CheckpointError, SparseState, read_state
@@ -115,9 +115,9 @@ def rebuild(model: nn.Module, state: SparseState, places: dict[str, str]):
         CheckpointError: if the state is not that of the loaded weights. The model is unchanged then.
     """
     for name, place in places.items():  # all before the first swap, so that an error leaves the model as it was
-        restore_theta(weight_rows(model.get_submodule(place)), state, name)
+        restore_theta(weight_rows(layer_named(model, place)), state, name)
     for name, place in places.items():
-        dense = model.get_submodule(place)
+        dense = layer_named(model, place)
         theta = restore_theta(weight_rows(dense), state, name)
         active, backward = (mask.to(theta.device) for mask in state.masks(name))
         layer = make_sparse(dense, active, backward, state.config)
@@ -129,11 +129,11 @@ def rebuild(model: nn.Module, state: SparseState, places: dict[str, str]):
 def _locate(model: nn.Module, name: str) -> str:
     """The name in this model of a layer of the saved one, which may have or lack a head around the same base model."""
     prefix = getattr(model, "base_model_prefix", "")
-    modules = dict(model.named_modules())
     for place in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if place in modules and sparse_type(modules[place]) is not None:
+        layer = layer_named(model, place)
+        if layer is not None and sparse_type(layer) is not None:
             return place
-    found = modules.get(name)
+    found = layer_named(model, name)
     raise CheckpointError(
         f"{STATE_NAME} belongs to another model: it has a sparse layer '{name}', and the model has "
         f"{'none of that name' if found is None else 'a ' + type(found).__name__ + ' there'}."

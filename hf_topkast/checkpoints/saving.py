@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ OUR_FILES = (STATE_NAME, SETTINGS_NAME)
 _one_at_a_time = threading.RLock()
 
 
-def export_sparse(model: PreTrainedModel, save_directory: str | os.PathLike, **kwargs):
+def export_sparse(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """
     Writes a sparse model in its compact form, for `from_pretrained` with our import: about density · 4 + 1/8 bytes
     for each weight of a sparse layer in fp32, and everything else as ever.
@@ -47,7 +48,13 @@ def export_sparse(model: PreTrainedModel, save_directory: str | os.PathLike, **k
     _write(model, save_directory, stock, compact, **kwargs)
 
 
-def _write(model: PreTrainedModel, directory, stock: dict[str, Tensor], state: SparseState, **kwargs):
+def _write(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    stock: dict[str, Tensor],
+    state: SparseState,
+    **kwargs: Any,
+) -> None:
     with _one_at_a_time:
         _stock_save_pretrained(model, directory, state_dict=stock, **kwargs)
         if kwargs.get("is_main_process", True):
@@ -61,7 +68,14 @@ _PUSH_ARGUMENTS = inspect.signature(PreTrainedModel.push_to_hub).parameters.keys
 
 
 @functools.wraps(_stock_save_pretrained)
-def _save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+def _save_pretrained(
+    self: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
     """As ever for a dense model; of a sparse one, α goes out under the stock names, with the state beside it."""
     given = {"is_main_process": is_main_process, **kwargs}
     adapters_only = getattr(self, "_hf_peft_config_loaded", False)

@@ -13,15 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import TopKastConfig
+from ..headers import READABLE_VERSIONS, STATE_NAME
 from ..method import get_method
 from ..ops import select_backend
 from ..storage import pack_bits, spread_blocks, unpack_bits
 from .durable import replacing
 
 
-STATE_NAME = "topkast_state.safetensors"
-# 1, of 0.1.0, had one digest a layer, of its weights in the dtype they were saved in; else it is the same.
-FORMAT_VERSION, READABLE_VERSIONS = 2, ("1", "2")
+FORMAT_VERSION = 2
 # `from_pretrained(dtype=...)` rounds weights, so a digest of each is kept.
 ROUNDED = (torch.bfloat16, torch.float16)
 TRAINING_TENSORS = ("active", "backward", "rest", "unvisited", "initial_reservoir_size")
@@ -41,10 +40,10 @@ class SparseState:
         tensors (`dict[str, torch.Tensor]`): per layer name, `.active` and `.backward` (both sets as packed bits),
             `.rest` (θ outside A, by ascending flat index of the (out, in) weight; outside of B only where the method
             keeps values there), `.unvisited` and `.initial_reservoir_size`, and with `score="activation"`
-            `.input_norms`. In a compact export only `.active` and
+            `.input_norms`, of experts (experts, in). In a compact export only `.active` and
             `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
-        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer.
+        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, of experts (experts · out, in).
         digests (`dict[str, dict[str, str]]`): of each layer's weights on A, which `model.safetensors` holds, by the
             dtype that they are loaded in; empty in an export.
         step (`int`): optimizer steps taken.
@@ -79,7 +78,7 @@ def rest_mask(active: Tensor, backward: Tensor, config: TopKastConfig) -> Tensor
     return ~active if get_method(config.method).keeps_values else backward & ~active
 
 
-def write_state(state: SparseState, directory: str | os.PathLike):
+def write_state(state: SparseState, directory: str | os.PathLike[str]) -> None:
     """Writes `topkast_state.safetensors` into a directory."""
     metadata = {
         "format": "pt",
@@ -89,6 +88,8 @@ def write_state(state: SparseState, directory: str | os.PathLike):
         "shapes": json.dumps(state.shapes),
         "digests": json.dumps(state.digests),
         "step": str(state.step),
+        # For readers of the header only: |A| and |B| of each layer. Files of 0.1.0 lack it.
+        "counts": json.dumps({name: [int(mask.sum()) for mask in state.masks(name)] for name in state.shapes}),
     }
     metadata["digest"] = digest(state.tensors, metadata)
     tensors = {key: tensor.contiguous() for key, tensor in state.tensors.items()}
@@ -96,7 +97,7 @@ def write_state(state: SparseState, directory: str | os.PathLike):
         save_file(tensors, path, metadata)
 
 
-def read_state(directory: str | os.PathLike) -> SparseState:
+def read_state(directory: str | os.PathLike[str]) -> SparseState:
     """
     Reads and checks `topkast_state.safetensors`.
 
@@ -168,8 +169,8 @@ def _problems(state: SparseState) -> Iterator[str]:
             yield f"layer '{name}' has the shape {shape}"
             return
         tensors = {kind: state.tensors[f"{name}.{kind}"] for kind in kinds}
-        if norms and not state.compact and tensors["input_norms"].shape != (shape[1],):
-            yield f"layer '{name}': 'input_norms' is not {shape[1]} numbers"
+        if norms and not state.compact and not _are_norms(tensors["input_norms"], shape):
+            yield f"layer '{name}': 'input_norms' is not {shape[1]} numbers, or so many of each expert"
         keeps_values = get_method(state.config.method).keeps_values
         problems = _layer_problems(tensors, shape[0] * shape[1], keeps_values)
         yield from (f"layer '{name}': {problem}" for problem in problems)
@@ -179,6 +180,11 @@ def _problems(state: SparseState) -> Iterator[str]:
             for mask in state.masks(name)
         ):
             yield f"layer '{name}': its sets do not consist of whole blocks of {block_size}"
+
+
+def _are_norms(norms: Tensor, shape: tuple[int, int]) -> bool:
+    of_experts = norms.ndim == 2 and len(norms) > 0 and shape[0] % len(norms) == 0
+    return norms.shape[-1:] == shape[1:] and (norms.ndim == 1 or of_experts)
 
 
 def _layer_problems(tensors: dict[str, Tensor], numel: int, keeps_values: bool) -> Iterator[str]:

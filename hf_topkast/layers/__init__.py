@@ -4,13 +4,35 @@ replaced. What it keeps is [`hf_topkast.storage`]'s.
 """
 
 from .base import TopKastLayer
-from .linear import SPARSE_TYPES, TopKastConv1D, TopKastLinear, sparse_type
+from .experts import (
+    EXPERTS_FUNCTION,
+    ExpertStack,
+    expert_stacks,
+    is_decorated,
+    layer_named,
+    put_layer,
+    put_parameter,
+    topkast_experts_forward,
+)
+from .grouped import GroupedLinear, TopKastGroupedLinear
+from .linear import SPARSE_TYPES, TopKastConv1D, TopKastLinear, sparse_type, weight_rows
 
 
 __all__ = [
+    "EXPERTS_FUNCTION",
     "SPARSE_TYPES",
+    "ExpertStack",
+    "GroupedLinear",
     "TopKastConv1D",
+    "TopKastGroupedLinear",
     "TopKastLayer",
     "TopKastLinear",
+    "expert_stacks",
+    "is_decorated",
+    "layer_named",
+    "put_layer",
+    "put_parameter",
     "sparse_type",
+    "topkast_experts_forward",
+    "weight_rows",
 ]

@@ -1,17 +1,17 @@
-"""What both sparse layers share: what they compute, and how they look from outside."""
+"""What all sparse layers share: what they compute, and how they look from outside."""
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import composite, masked_linear, prepare_one_token, runs_one_token, select_backend
 from ..ops.reference import expand_active
-from ..storage import Pattern, SparseStorage, full, local, sum_over_ranks, unpack_bits
+from ..storage import InputSquares, Pattern, SparseStorage, full, local, sum_over_ranks, unpack_bits
 from .readonly import ReadOnlyTensor
 
 
 class TopKastLayer(SparseStorage):
     """
-    What both sparse layers share: the masked product, and views of the weights and sets in the stock layout.
+    What all sparse layers share: the masked product, and views of the weights and sets in the stock layout.
 
     Attributes:
         gradient_watch (`Callable`, *optional*): called with input and output of each product, while a refresh is going
@@ -54,11 +54,21 @@ class TopKastLayer(SparseStorage):
             if product is not None:
                 return product(x)
         y = masked_linear(x, self._trained(self.values), self.pattern, self.bias, self.backend)
-        if self.gradient_watch is not None and not composite.is_needed():
-            self.gradient_watch(x, y)
-        if self.input_watch is not None and self.training and torch.is_grad_enabled() and not composite.is_needed():
-            self.input_watch.add(x)
+        self._show(x, y)
         return y
+
+    def _show(self, x: Tensor, y: Tensor, *ends: Tensor):
+        """Shows a product to whoever watches; one of experts with where the rows of each end."""
+        if composite.is_needed():
+            return
+        if self.gradient_watch is not None:
+            self.gradient_watch(x, y, *ends)
+        if self.input_watch is not None and self.training and torch.is_grad_enabled():
+            self.input_watch.add(x, *ends)
+
+    def new_input_watch(self) -> InputSquares:
+        """What sees the sizes of this layer's inputs, as its `input_watch`."""
+        return InputSquares(self.input_norms.device)
 
     @property
     def density(self) -> float:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import TopKastLayer
+from .experts import ExpertStack
+from .grouped import TopKastGroupedLinear
 
 
 class TopKastLinear(TopKastLayer, nn.Linear):
@@ -91,8 +93,13 @@ def _fill(dense: nn.Module, layer: TopKastLayer, weight: Tensor) -> nn.Module:
 SPARSE_TYPES: dict[type[nn.Module], type[TopKastLayer]] = {nn.Linear: TopKastLinear, Conv1D: TopKastConv1D}
 
 
-def sparse_type(module: nn.Module) -> type[TopKastLayer] | None:
-    """The sparse layer that can take the place of a module, or `None` if the module is no plain projection."""
+def sparse_type(module: nn.Module | ExpertStack) -> type[TopKastLayer] | None:
+    """
+    The sparse layer that can take the place of a module or of a parameter of experts, or `None` if the module is no
+    plain projection.
+    """
+    if isinstance(module, ExpertStack):
+        return TopKastGroupedLinear
     exact = SPARSE_TYPES.get(type(module))
     if exact is not None or isinstance(module, TopKastLayer) or not isinstance(module, nn.Linear):
         return exact
@@ -115,3 +122,9 @@ def _computes_as_linear(module: nn.Linear) -> bool:
         except Exception:  # a class we do not know may raise anything where it is no projection
             return False
     return torch.is_tensor(output) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)
+
+
+def weight_rows(dense: nn.Module | ExpertStack) -> Tensor:
+    """The weight of a convertible layer as (out, in), whatever its stock layout; detached."""
+    layout = dense if isinstance(dense, ExpertStack) else sparse_type(dense)
+    return layout.to_rows(dense.weight.detach())

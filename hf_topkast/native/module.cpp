@@ -7,6 +7,7 @@
 #include "dense.h"
 #include "few_tokens.h"
 #include "isa.h"
+#include "moves.h"
 #include "passes.h"
 #include "products.h"
 #include "selection.h"
@@ -132,9 +133,16 @@ NB_MODULE(_native, m) {
         },
         released);
     m.def(
-        "find_sources",
-        [](Pattern before, Pattern now, uintptr_t sources, int threads) {
-            find_sources(before, now, (int64_t*)sources, threads);
+        "rearrange",
+        [](Pattern before, Pattern now, Array theta, uintptr_t backward, uintptr_t sources, Array values,
+           Array reservoir, int threads) {
+            rearrange(before, now, theta, (const uint8_t*)backward, (int64_t*)sources, values, reservoir, threads);
+        },
+        released);
+    m.def(
+        "count_from",
+        [](uintptr_t sources, int64_t count, int64_t former) {
+            return count_from((const int64_t*)sources, count, former);
         },
         released);
     m.def(

@@ -1,4 +1,4 @@
-// What changes when a layer gets other sets, in one pass over the layer each. Masks are bytes of 0 and 1, (out, in).
+// Sets in their forms: masks, bytes of 0 and 1, (out, in); CSR structures; bits. In one pass over the layer each.
 #pragma once
 
 #include "operands.h"
@@ -16,21 +16,6 @@ bool is_sound(const Pattern& pattern, int64_t blocks);
 
 // The mask of A, or of B with `all`.
 void mark_members(const Pattern& pattern, bool all, uint8_t* mask, int threads);
-
-// θ of the values at their places and, in ascending order, the reservoir everywhere else; without one, zeros.
-void assemble(const Pattern& pattern, const Array& values, const Array& reservoir, const Array& theta, int threads);
-
-// The numbers that are not marked, in their order; `marked` are not among them.
-void leave_out(const Array& numbers, const uint8_t* mask, int64_t numel, int64_t marked, const Array& rest,
-               int threads);
-
-// The slot in `before` of each slot of `now`, or -1; both with the same blocks.
-void find_sources(const Pattern& before, const Pattern& now, int64_t* sources, int threads);
-
-// The numbers at their sources, and where there is none (-1) `fresh`: one for all with `step` 0, one a slot with 1. False
-// if a source lies behind the `former` numbers.
-bool carry(const Array& numbers, int64_t former, const int64_t* sources, int64_t count, const Array& fresh, int step,
-           const Array& moved, int threads);
 
 // |A|, |B|, and how many members of A are not in B.
 struct SetSizes {

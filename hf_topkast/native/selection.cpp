@@ -3,10 +3,14 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
+#include "clones.h"
 #include "memory.h"
 
 namespace hf_topkast {
@@ -14,9 +18,16 @@ namespace {
 
 constexpr int MOST_SETS = 2;
 constexpr int64_t STRIDE = 16;  // numbers that the compiler compares at once
-// From so many numbers on a digit has 16 bits: two passes then do for fp32, and the counters stay in the second cache.
-// Fewer have a first digit of 11 bits, and those that share it are few enough to be copied.
+constexpr int64_t PIECE = 4096;  // numbers that the first cache holds
+// From so many numbers on a sample says about where the thresholds are, and one pass takes out the numbers near them. If
+// it misleads, or too many numbers lie there, they are sought digit by digit, of 16 bits: two passes then do for fp32, and
+// the counters stay in the second cache. Fewer numbers have a first digit of 11 bits, and those that share it are few
+// enough to be copied.
 constexpr int64_t MANY = int64_t(1) << 17;
+constexpr int64_t SAMPLE = int64_t(1) << 18;  // numbers at most, and no more than one of SPARSEST
+constexpr int64_t SPARSEST = 17;              // odd, as all steps: columns of any number are all met
+constexpr int64_t FEW_KEYS = 1 << 13;         // that are put in order as they are
+constexpr double DEVIATIONS = 5;              // of its own, by which a sample may err
 
 // Bits of floating-point numbers as unsigned integers of the same order.
 template <class Word, bool MAGNITUDES>
@@ -66,11 +77,13 @@ Word* take_matches(const Word* scores, int64_t count, int below, Word sought, Wo
 }
 
 template <bool MAGNITUDES, class Word>
+FOR_EVERY_CPU
 void mark_from(const Word* scores, int64_t count, Word threshold, uint8_t* mask) {
     for (int64_t i = 0; i < count; ++i) mask[i] = key_of<Word, MAGNITUDES>(scores[i]) >= threshold;
 }
 
 template <bool MAGNITUDES, class Word>
+FOR_EVERY_CPU
 void mark_above(const Word* scores, int64_t count, Word threshold, uint8_t* mask) {
     for (int64_t i = 0; i < count; ++i) mask[i] = key_of<Word, MAGNITUDES>(scores[i]) > threshold;
 }
@@ -78,8 +91,67 @@ void mark_above(const Word* scores, int64_t count, Word threshold, uint8_t* mask
 // Calls visit(begin, end) for pieces that the caches hold, so that each is read from memory once for all sets.
 template <class Visit>
 void for_pieces(int64_t begin, int64_t end, Visit visit) {
-    constexpr int64_t PIECE = 4096;
     for (int64_t i = begin; i < end; i += PIECE) visit(i, std::min(i + PIECE, end));
+}
+
+// First digits near a threshold: those of `low` and `width` more.
+template <class Word>
+struct Window {
+    Word low, width;
+};
+
+template <bool MAGNITUDES, class Word>
+FOR_EVERY_CPU
+int64_t count_above(const Word* scores, int64_t count, int shift, Word high) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found += Word(key_of<Word, MAGNITUDES>(scores[i]) >> shift) > high;
+    return found;
+}
+
+template <bool MAGNITUDES, class Word>
+FOR_EVERY_CPU
+void mark_window(const Word* scores, int64_t count, int shift, Window<Word> window, uint8_t* inside) {
+    for (int64_t i = 0; i < count; ++i)
+        inside[i] = Word(Word(key_of<Word, MAGNITUDES>(scores[i]) >> shift) - window.low) <= window.width;
+}
+
+// Takes out the keys inside a window; null if there is no room for them.
+template <bool MAGNITUDES, class Word>
+Word* take_window(const Word* scores, int64_t count, int shift, Window<Word> window, Word* keys, const Word* end) {
+    constexpr int64_t BYTES = 8;
+    uint8_t inside[PIECE];
+    mark_window<MAGNITUDES>(scores, count, shift, window, inside);
+    std::fill(inside + count, inside + (count + BYTES - 1) / BYTES * BYTES, 0);
+    for (int64_t i = 0; i < count; i += BYTES) {
+        uint64_t members;
+        std::memcpy(&members, inside + i, BYTES);
+        if (!members) continue;
+        if (keys + BYTES > end) return nullptr;
+        for (; members; members &= members - 1)
+            *keys++ = key_of<Word, MAGNITUDES>(scores[i + __builtin_ctzll(members) / BYTES]);
+    }
+    return keys;
+}
+
+// Of many keys in a small range, keeps those in the bucket of the `wanted`-th largest, and counts it among these.
+template <class Word>
+Word* keep_bucket(int64_t& wanted, Word* keys, Word* end) {
+    constexpr int64_t BUCKETS = 1 << 12;
+    auto [lowest, highest] = std::minmax_element(keys, end);
+    Word low = *lowest;
+    int shift = 0;
+    while (Word(*highest - low) >> shift >= BUCKETS) ++shift;
+    std::vector<int64_t> counters(BUCKETS, 0);
+    for (const Word* key = keys; key < end; ++key) ++counters[Word(*key - low) >> shift];
+    int64_t bucket = BUCKETS - 1;
+    for (; counters[bucket] < wanted; --bucket) wanted -= counters[bucket];
+    Word* next = keys;
+    for (const Word* key = keys; key < end; ++key) {
+        Word kept = *key;
+        *next = kept;
+        next += Word(kept - low) >> shift == Word(bucket);
+    }
+    return next;
 }
 
 // A set of the largest: what lies above the threshold and, before index `until`, what equals it.
@@ -103,6 +175,7 @@ class Search {
 
     // The bounds of sets of so many members, each between none and all.
     void find(const int64_t* counts, int sets, Bound<Word>* bounds) {
+        if (numel >= MANY && find_by_sample(counts, sets, bounds)) return;
         int64_t missing[MOST_SETS];
         for (int set = 0; set < sets; ++set) bounds[set].threshold = 0, missing[set] = counts[set];
         for (int below = BITS, bits = digit(numel); below > 0; below -= bits) {
@@ -152,7 +225,12 @@ class Search {
             return;
         }
         Word* keys = (Word*)(counters + counters_room(numel, parts));
-        Word *end = take_matches<MAGNITUDES>(scores, numel, below, Word(bound.threshold >> below), keys);
+        divide(bound, wanted, keys, take_matches<MAGNITUDES>(scores, numel, below, Word(bound.threshold >> below), keys));
+    }
+
+    // The bound of the `wanted` largest of some keys, where all that equal the threshold are among these.
+    void divide(Bound<Word>& bound, int64_t wanted, Word* keys, Word* end) const {
+        if (end - keys > FEW_KEYS) end = keep_bucket(wanted, keys, end);
         Word* sought = keys + wanted - 1;
         std::nth_element(keys, sought, end, std::greater<Word>());
         bound.threshold = *sought;
@@ -162,6 +240,67 @@ class Search {
             ties += key != sought && *key == *sought;
         }
         bound.until = ties == wanted ? numel : behind_ties(*sought, wanted, 0);
+    }
+
+    // The same as `find`, from the numbers near where a sample has the thresholds; false if they are not there.
+    bool find_by_sample(const int64_t* counts, int sets, Bound<Word>* bounds) {
+        constexpr int DIGIT = 16, SHIFT = BITS - DIGIT;
+        int64_t step = std::max(SPARSEST, numel / SAMPLE | 1), sampled = 0;
+        std::fill(counters, counters + (1 << DIGIT), 0);
+        for (int64_t i = 0; i < numel; i += step, ++sampled)
+            ++counters[key_of<Word, MAGNITUDES>(scores[i]) >> SHIFT];
+        Window<Word> windows[MOST_SETS];
+        int64_t rooms[MOST_SETS + 1] = {0};  // where the keys of each window begin
+        for (int set = 0; set < sets; ++set) {
+            double share = double(counts[set]) / numel, expected = share * sampled;
+            double error = DEVIATIONS * std::sqrt(expected * (1 - share)) + 2;
+            int64_t digit = (1 << DIGIT) - 1, larger = counters[digit];
+            while (digit > 0 && larger < expected - error) larger += counters[--digit];
+            int64_t high = digit, inside = counters[digit];
+            while (digit > 0 && larger < expected + error) inside += counters[--digit], larger += counters[digit];
+            if (inside * 8 > sampled) return false;
+            windows[set] = {Word(digit), Word(high - digit)};
+            rooms[set + 1] = rooms[set] + (inside * step * 3 / 2 / parts + STRIDE * 64) * parts;
+        }
+        std::unique_ptr<Word[]> keys(new Word[rooms[sets]]);
+        struct Found {
+            int64_t above[MOST_SETS] = {0};
+            Word *begins[MOST_SETS], *ends[MOST_SETS];
+        };
+        std::vector<Found> found(parts);
+        bool fits = true;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(&& : fits)
+        for (int part = 0; part < parts; ++part) {
+            Found& own = found[part];
+            Word* rooms_end[MOST_SETS];
+            for (int set = 0; set < sets; ++set) {
+                int64_t share = (rooms[set + 1] - rooms[set]) / parts;
+                own.begins[set] = own.ends[set] = keys.get() + rooms[set] + part * share;
+                rooms_end[set] = own.begins[set] + share;
+            }
+            for_pieces(begin(part), begin(part + 1), [&](int64_t from, int64_t to) {
+                for (int set = 0; set < sets && fits; ++set) {
+                    Window<Word> window = windows[set];
+                    own.above[set] += count_above<MAGNITUDES>(scores + from, to - from, SHIFT,
+                                                              Word(window.low + window.width));
+                    own.ends[set] = take_window<MAGNITUDES>(scores + from, to - from, SHIFT, window, own.ends[set],
+                                                            rooms_end[set]);
+                    fits = own.ends[set];
+                }
+            });
+        }
+        if (!fits) return false;
+        for (int set = 0; set < sets; ++set) {
+            int64_t wanted = counts[set];
+            Word *first = keys.get() + rooms[set], *last = first;
+            for (const Found& own : found) {
+                wanted -= own.above[set];
+                last = std::copy(own.begins[set], own.ends[set], last);
+            }
+            if (wanted < 1 || wanted > last - first) return false;
+            divide(bounds[set], wanted, first, last);
+        }
+        return true;
     }
 
     uint32_t* counters_of(int part, int search, int bits) const {

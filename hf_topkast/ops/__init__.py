@@ -33,6 +33,7 @@ try:
 except ImportError as error:  # installed without a compiler
     WHY_NO_CPU = str(error)
 else:
+    WHY_NO_CPU = ""
     BACKENDS.update(cpu=cpu, expanded=expanded)
 
 
@@ -78,7 +79,8 @@ def implementation(backend: str, product: str, x: Tensor, pattern: Pattern) -> M
             return BACKENDS["cpu" if costs.sparse_is_faster(product, x, pattern) else "expanded"]
         logger.warning_once(
             f"hf_topkast runs without its C++ kernels ({WHY_NO_CPU}): sparse layers save memory but no time. To build "
-            "them install a C++17 compiler with OpenMP (g++ 12, clang 15) and reinstall with --no-cache-dir."
+            "them install a C++17 compiler with OpenMP (g++ 12, clang 15) and reinstall with --no-cache-dir "
+            "--no-binary hf-topkast."
         )
     return reference
 
@@ -110,7 +112,7 @@ def masked_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         dtype = torch.get_autocast_dtype(device_type)
         x, values = x.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if not torch.is_grad_enabled() and _runs_at_once(x) and _have_numbers(values, pattern.columns, bias):
+    if not torch.is_grad_enabled() and runs_at_once(x) and have_numbers(values, pattern.columns, bias):
         # Without a graph to build, past the dispatcher: it costs as much as the product of one token.
         return implementation(backend, "forward", x, pattern).forward(x, values, pattern, bias)
     if composite.is_needed():
@@ -123,7 +125,7 @@ def runs_one_token(x: Tensor, in_features: int, backend: str) -> bool:
     """Whether an input is what [`prepare_one_token`] is for: one float32 token on the CPU, with no gradient wanted."""
     return (
         not torch.is_grad_enabled()
-        and _runs_at_once(x)
+        and runs_at_once(x)
         and x.dtype is torch.float32
         and x.is_cpu
         and x.numel() == in_features
@@ -161,7 +163,7 @@ def _check_operands(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | 
             )
 
 
-def _runs_at_once(x: Tensor) -> bool:
+def runs_at_once(x: Tensor) -> bool:
     """Whether a product may bypass the dispatcher: nothing traces it, transforms it or stands in for its numbers."""
     return type(x) is Tensor and not (
         x.is_meta
@@ -172,7 +174,7 @@ def _runs_at_once(x: Tensor) -> bool:
     )
 
 
-def _have_numbers(*weights: Tensor | None) -> bool:
+def have_numbers(*weights: Tensor | None) -> bool:
     """Whether these are ordinary tensors, and none stands for numbers that are elsewhere, as those of FSDP2 do."""
     return all(weight is None or type(weight) in (Tensor, torch.nn.Parameter) for weight in weights)
 

@@ -2,7 +2,7 @@
 Up to which density the sparse kernels are faster than dense products through an expanded α, by kind of CPU.
 
 At so many TOKENS the sparse way is the faster one up to these densities, of A or, for grad_values, of B. The numbers
-are what `python -m benchmarks.crossover` prints, with 2 threads and torch 2.13.0: the smaller of the crossovers at
+are what `hf-topkast calibrate` finds, with 2 threads and torch 2.13.0: the smaller of the crossovers at
 768 × 768 and 2048 × 2048, evened out where neighbours differed by the noise of the measurement.
 """
 

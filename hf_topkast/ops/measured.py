@@ -1,12 +1,13 @@
 """
 A table of crossovers measured on this machine: one file in the cache directory, used in place of the built-in table.
 
-`python -m benchmarks.crossover --write` writes it. It counts for the CPU and the kernels that it was measured with.
+`hf-topkast calibrate` writes it. It counts for the CPU and the kernels that it was measured with.
 """
 
 import datetime
 import itertools
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .crossovers import DTYPES, PRODUCTS, TOKENS, Crossovers
 
 PATH = Path(HF_HOME) / "hf_topkast" / "crossover.json"
 
-WAY_OUT = "Delete the file, or measure anew: python -m benchmarks.crossover --write."
+WAY_OUT = "Delete the file, or measure anew: hf-topkast calibrate."
 
 
 def contents(crossovers: Crossovers, kind: str, isa: str) -> dict[str, Any]:
@@ -42,6 +43,14 @@ def contents(crossovers: Crossovers, kind: str, isa: str) -> dict[str, Any]:
         "tokens": TOKENS,
         "crossovers": crossovers,
     }
+
+
+def write(content: dict[str, Any], path: Path | None = None):
+    """Writes the file, whole or not at all; `content` is what [`contents`] gives, `path` its place, `PATH`."""
+    path = PATH if path is None else path
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read(path: Path, kind: str, isa: str) -> tuple[Crossovers, str] | None:

@@ -1,10 +1,13 @@
-"""Which rows of a fused projection belong together: query, key and value, or gate and up."""
+"""Which rows of a layer have sets of their own: those of an expert, and of a fused projection query, key and value."""
 
 import re
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from ..layers import layer_named
+from ..layers.stacked import StackedMatrices
 
 
 Rows = slice | Tensor
@@ -19,14 +22,19 @@ UNKNOWN = (("codegen", "qkv_proj"),)
 LOOKS_FUSED = re.compile(r"qkv|query_key|gate_up|kv_b_proj|in_proj")
 
 
-def find_parts(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> dict[str, list[Rows]]:
+def find_parts(
+    model: nn.Module, shapes: dict[str, tuple[int, int]], split_fused: bool = True
+) -> dict[str, list[Rows]]:
     """
-    The rows of each part of every layer; a layer that is not fused has one part.
+    The rows of each part of every layer. Every expert is one, or two if gate and up are to be split; a layer that is
+    not fused has one part.
 
     Args:
         model (`torch.nn.Module`): the model; the configuration of the transformers model around a layer says how many
             heads it has.
-        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, by its name in `model`.
+        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, by its name in `model`; of experts
+            (experts · out, in).
+        split_fused (`bool`, *optional*, defaults to `True`): whether fused projections are split.
 
     Returns:
         `dict[str, list[slice | torch.Tensor]]`: for each layer indices into its rows, each row in exactly one.
@@ -34,15 +42,36 @@ def find_parts(model: nn.Module, shapes: dict[str, tuple[int, int]]) -> dict[str
     Raises:
         ValueError: if a layer looks fused but how is not known, or if no layer is fused.
     """
-    parts = {
-        name: _parts(name, out_features, _config_around(model, name)) for name, (out_features, _) in shapes.items()
-    }
-    if all(len(rows) == 1 for rows in parts.values()):
+    parts: dict[str, list[Rows]] = {}
+    fused = False
+    for name, (out_features, _) in shapes.items():
+        layer = layer_named(model, name)
+        if isinstance(layer, StackedMatrices):
+            parts[name] = expert_parts(layer.experts, layer.out_features, layer.halves if split_fused else None)
+            fused = fused or layer.halves is not None
+        elif split_fused:
+            parts[name] = _parts(name, out_features, _config_around(model, name))
+            fused = fused or len(parts[name]) > 1
+        else:
+            parts[name] = [slice(None)]
+    if split_fused and not fused:
         raise ValueError(
             f"split_fused=True: {type(model).__name__} has no fused projection among the layers to be made sparse "
             f"(known are {', '.join((*STACKED, *GROUPED, *HALVES))}). Leave split_fused out."
         )
     return parts
+
+
+def expert_parts(experts: int, out_features: int, halves: str | None) -> list[Rows]:
+    """The rows of every expert, or of its gate and of its up, whose rows lie in `"halves"` or `"interleaved"`."""
+    first = [expert * out_features for expert in range(experts)]
+    if halves == "halves":
+        half = out_features // 2
+        return [slice(begin, begin + half) for start in first for begin in (start, start + half)]
+    if halves == "interleaved":
+        places = torch.arange(0, out_features, 2)
+        return [start + offset + places for start in first for offset in (0, 1)]
+    return [slice(start, start + out_features) for start in first]
 
 
 def _parts(name: str, out_features: int, config: PretrainedConfig | None) -> list[Rows]:

@@ -3,12 +3,13 @@
 import hashlib
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TopKastConfig
+from ..layers import layer_named
 from ..method import Gradients, LayerView, get_method
 from ..storage import set_sizes, spread_blocks
 from .distribution import DISTRIBUTIONS
@@ -28,14 +29,14 @@ class Present:
 
     Attributes:
         step (`int`): the optimizer step that it follows.
-        active, backward (`torch.Tensor`): its sets, bool, (out, in).
+        active, backward (`Callable`): give its sets, bool, (out, in), to a method that asks for them.
         drop (`float`): share of A to exchange.
         gradients (`Callable`, *optional*): the gradients of a part, by its rows of blocks.
     """
 
     step: int
-    active: Tensor
-    backward: Tensor
+    active: Callable[[], Tensor]
+    backward: Callable[[], Tensor]
     drop: float = 0.0
     gradients: Callable[[Rows], Gradients] | None = None
 
@@ -59,12 +60,12 @@ class SetPlan:
         height, width = config.block_size
         # From here on, shapes, rows and sizes count blocks.
         self.shapes = {name: (rows // height, columns // width) for name, (rows, columns) in shapes.items()}
-        self.parts: dict[str, list[Rows]] = {name: [slice(None)] for name in shapes}
-        if config.split_fused:
-            found = find_parts(model, shapes)
-            self.parts = {
-                name: [block_rows(name, rows, shapes[name][0], height) for rows in found[name]] for name in shapes
-            }
+        found = find_parts(model, shapes, config.split_fused)
+        self.parts: dict[str, list[Rows]] = {
+            name: [block_rows(name, rows, shapes[name][0], height) for rows in found[name]] for name in shapes
+        }
+        stacks = {name: layer_named(model, name) for name in shapes}
+        self.experts = {name: getattr(stacks[name], "experts", 1) for name in shapes}
         self.overrides = match_overrides(config.density_overrides or {}, shapes)
 
     def sizes(
@@ -136,7 +137,7 @@ class SetPlan:
         masks = None if alone else [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
         for part, (rows, (size, backward_size)) in enumerate(zip(self.parts[name], sizes)):
             view = self._view(name, part, scores[rows], size, backward_size, present)
-            chosen = choose(view)
+            chosen = (view.active, view.backward) if _is_to_stay(view) else choose(view)
             pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
             check_sets(self.config.method, name, view, *pair)
             if alone:
@@ -158,12 +159,16 @@ class SetPlan:
         if present is None:
             return LayerView(scores, size, backward_size, **common)
         (height, width), rows = self.config.block_size, self.parts[name][part]
-        active, backward = (mask[::height, ::width][rows] for mask in (present.active, present.backward))
         gradients = None if present.gradients is None else present.gradients(rows)
-        if not self.method.grows:
-            size, backward_size = min(size, int(active.sum())), min(backward_size, int(backward.sum()))
-        now = {"active": active, "backward": backward, "drop": present.drop, "gradients": gradients}
-        return LayerView(scores, size, backward_size, **now, **common)
+        now = {"drop": present.drop, "gradients": gradients}
+        now["active"], now["backward"] = (
+            lambda mask=mask: mask()[::height, ::width][rows] for mask in (present.active, present.backward)
+        )
+        view = LayerView(scores, size, backward_size, **now, **common)
+        if self.method.grows:
+            return view
+        sizes = min(size, int(view.active.sum())), min(backward_size, int(view.backward.sum()))
+        return replace(view, size=sizes[0], backward_size=sizes[1])
 
     def _scores(self, theta: Tensor) -> Tensor:
         """What is ranked by magnitude: the weights, or the norms of their blocks."""
@@ -188,8 +193,8 @@ class SetPlan:
             counts = [int(kept[rows].count_nonzero()) for rows in self.parts[name]]
             if 0 in counts:
                 raise ValueError(
-                    f"density='nonzero': layer '{name}'{' has a part that' if len(counts) > 1 else ''} holds only "
-                    "zeros, so its active set would be empty. Name it in exclude_modules, or give a number as density."
+                    f"density='nonzero': {self._part_name(name, counts.index(0))} holds only zeros, so its active set "
+                    "would be empty. Name the layer in exclude_modules, or give a number as density."
                 )
             numbers = [rows * columns for rows, columns in self._part_shapes(name)]
             zeros += sum(numbers) - sum(counts)
@@ -201,12 +206,25 @@ class SetPlan:
             )
         return sizes
 
+    def _part_name(self, name: str, part: int) -> str:
+        count = len(self.parts[name])
+        if self.experts[name] > 1:
+            return f"expert {part * self.experts[name] // count} of '{name}'"
+        return f"layer '{name}'" + (" has a part that" if count > 1 else "")
+
     def _nonzero_backward(self, count: int, numel: int, exploring: bool) -> int:
         if not exploring:
             return count
         if self.config.backward_density is None:
             return int(min(numel, self.method.backward_ratio * count))
         return max(count, set_size(numel, self.config.backward_density))
+
+
+def _is_to_stay(view: LayerView) -> bool:
+    """Whether a part keeps its sets: an expert that no token came to, where gradients say what grows."""
+    if view.gradients is None or view.gradients.seen():
+        return False
+    return set_sizes(view.active, view.backward)[:2] == (view.size, view.backward_size)
 
 
 def check_sets(method: str, name: str, view: LayerView, active: Tensor, backward: Tensor):
@@ -256,11 +274,15 @@ def block_rows(name: str, rows: Rows, out_features: int, height: int) -> Rows:
     """
     if height == 1:
         return rows
-    places = torch.arange(out_features)[rows]
-    blocks = places[::height] // height
-    if not torch.equal((blocks[:, None] * height + torch.arange(height)).flatten(), places):
+    if isinstance(rows, slice):
+        first, last, _ = rows.indices(out_features)
+        blocks, whole = slice(first // height, last // height), first % height == last % height == 0
+    else:
+        blocks = rows[::height] // height
+        whole = torch.equal((blocks[:, None] * height + torch.arange(height)).flatten(), rows)
+    if not whole:
         raise ValueError(
             f"split_fused=True: a block of {height} rows of layer '{name}' would lie in two of its parts. Choose a "
-            "block_size that divides the head size, or leave split_fused out."
+            "block_size that divides the head size, with one row if gate and up lie in turn, or leave split_fused out."
         )
     return blocks

@@ -80,6 +80,8 @@ def largest_masks(scores: Tensor, counts: Sequence[int], by_row: bool, magnitude
     Masks as of [`largest_mask`], for one or two counts at once; with `magnitudes` scores rank without their signs.
     """
     scores = scores.abs() if magnitudes else scores
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        scores = scores.float()  # exact, and half types are not supported everywhere
     if not by_row:
         return tuple(_top(scores, count) for count in counts)
     shares = (divmod(count, len(scores)) for count in counts)
@@ -95,12 +97,14 @@ def _top(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if flat.dtype in (torch.bfloat16, torch.float16):
-        flat = flat.float()  # exact, and half types are not supported everywhere
     threshold = _kth_largest(flat, count)
     mask = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
+    missing = count - int(mask.count_nonzero())
+    ties = flat == threshold
+    if int(ties.count_nonzero()) == missing:
+        mask |= ties
+    else:  # a list of them alone
+        mask[ties.nonzero().squeeze(1)[:missing]] = True
     return mask.view_as(scores)
 
 
@@ -110,15 +114,13 @@ def _top_of_rows(scores: Tensor, count: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        scores = scores.float()
     threshold = _kth_largest(scores, count)
     mask = scores > threshold
     ties = scores == threshold
     missing = count - mask.sum(1)
-    odd = ties.sum(1) > missing  # hardly ever: else all ties are in
+    odd = ties.sum(1) > missing  # seldom: else all ties are in
     mask |= ties & ~odd[:, None]
-    mask[odd] |= ties[odd] & (ties[odd].cumsum(1) <= missing[odd, None])
+    mask[odd] |= ties[odd] & (ties[odd].cumsum(1, dtype=torch.int32) <= missing[odd, None])
     return mask
 
 

@@ -17,12 +17,14 @@ from .distributed import (
     sum_over_ranks,
     world_size,
 )
-from .inputs import InputSquares
+from .inputs import ExpertSquares, InputSquares
 from .pattern import GRAIN, Pattern, pack_bits, set_sizes, spread_blocks, unpack_bits
+from .rearrangement import count_from
 from .reservoir import NOWHERE, Arriving, assemble_theta
 from .resharding import find_handles
 from .set_watch import mixture
-from .store import LIVING, STRUCTURE, TRACKING, Moment, SparseStorage, scored
+from .state_dict import STRUCTURE, dense_state
+from .store import LIVING, TRACKING, Moment, SparseStorage, scored
 
 
 __all__ = [
@@ -32,12 +34,15 @@ __all__ = [
     "STRUCTURE",
     "TRACKING",
     "Arriving",
+    "ExpertSquares",
     "InputSquares",
     "Moment",
     "Pattern",
     "SparseStorage",
     "assemble_theta",
     "check_agreement",
+    "count_from",
+    "dense_state",
     "find_handles",
     "full",
     "is_sharded",

@@ -130,8 +130,8 @@ def check_agreement(digests: dict[str, Tensor], group: dist.ProcessGroup | None 
     raise RuntimeError(
         f"Layer '{list(digests)[layer]}': the sets A and B of rank {', '.join(map(str, ranks))} are not those of rank "
         f"0 ({int(differs.any(dim=0).sum())} such layers), so training would go wrong silently. Sparsify the same "
-        "weights on every rank (the same seed, or one checkpoint), change weights on all ranks alike, and resume from "
-        "the last checkpoint."
+        "weights on every rank (the same seed, or one checkpoint; the same calibration), change weights on all ranks "
+        "alike, and resume from the last checkpoint."
     )
 
 

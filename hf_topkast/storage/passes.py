@@ -72,27 +72,43 @@ def take_slots(theta: Tensor, pattern: "Pattern") -> Tensor:
     return values
 
 
-def slot_sources(old: "Pattern", new: "Pattern") -> Tensor:
-    """As `pattern.slot_sources`."""
-    same = old.shape == new.shape and old.block_size == new.block_size
-    if not (same and _is_known(old) and _is_known(new)):
+def rearrange(
+    theta: Tensor,
+    backward: Tensor,
+    former: "Pattern",
+    pattern: "Pattern",
+    keeps_rest: bool,
+    into: tuple[Tensor, ...] = (),
+):
+    """As `rearrangement.rearrange`."""
+    shapes = theta.shape == backward.shape == former.shape == pattern.shape and former.block_size == pattern.block_size
+    types = theta.element_size() in ITEM_SIZES and _are_masks(backward)
+    if not (shapes and types and _is_known(former) and _is_known(pattern)):
         return NotImplemented
-    sources = torch.empty(new.stored, dtype=torch.int64, device="cpu")
-    work = old.stored + new.stored
-    extension.find_sources(structure(old), structure(new), sources.data_ptr(), thread_count(work))
-    return sources
+    theta, backward = theta.contiguous(), backward.contiguous()
+    sizes = pattern.stored, theta.numel() - pattern.stored if keeps_rest else 0
+    values, reservoir = (_memory(theta, size, *into[place : place + 1]) for place, size in enumerate(sizes))
+    sources = torch.empty(pattern.stored, dtype=torch.int64, device="cpu")
+    places = array(theta), backward.data_ptr(), sources.data_ptr(), array(values), array(reservoir)
+    extension.rearrange(structure(former), structure(pattern), *places, thread_count(theta.numel()))
+    return sources, values, reservoir
 
 
-def outside(numbers: Tensor, mask: Tensor, into: Tensor | None = None) -> Tensor:
-    """The numbers outside a mask, by ascending flat index, written into a tensor that fits if one is given."""
+def count_from(sources: Tensor, former: int) -> int:
+    """As `rearrangement.count_from`."""
+    if sources.dtype != torch.int64 or not sources.is_contiguous():
+        return NotImplemented
+    return extension.count_from(sources.data_ptr(), sources.numel(), former)
+
+
+def outside(numbers: Tensor, mask: Tensor) -> Tensor:
+    """As `reservoir.outside`."""
     if numbers.element_size() not in ITEM_SIZES or not _are_masks(mask) or numbers.shape != mask.shape:
         return NotImplemented
     numbers, mask = numbers.contiguous(), mask.contiguous()
     threads, numel = thread_count(numbers.numel()), numbers.numel()
     marked, _, _ = extension.set_sizes(mask.data_ptr(), mask.data_ptr(), numel, threads)
-    rest = into
-    if into is None or into.shape != (numel - marked,) or into.dtype != numbers.dtype or not into.is_contiguous():
-        rest = numbers.new_empty(numel - marked)
+    rest = numbers.new_empty(numel - marked)
     extension.leave_out(array(numbers), mask.data_ptr(), numel, marked, array(rest), threads)
     return rest
 
@@ -153,6 +169,13 @@ def set_digest(pattern: "Pattern") -> Tensor:
     if not (is_laid_out(pattern) and _is_sound(pattern)):
         return NotImplemented
     return torch.tensor(extension.set_digest(structure(pattern), thread_count(pattern.stored)), device="cpu")
+
+
+def _memory(like: Tensor, size: int, offered: Tensor | None = None) -> Tensor:
+    """For so many numbers: what is offered, or new."""
+    if offered is None or offered.shape != (size,) or offered.dtype != like.dtype or not offered.is_contiguous():
+        return like.new_empty(size)
+    return offered
 
 
 def _are_masks(*masks: Tensor) -> bool:

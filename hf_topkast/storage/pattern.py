@@ -115,6 +115,43 @@ class Pattern(NamedTuple):
         begins = torch.searchsorted(keys, torch.arange(columns + 1, dtype=keys.dtype, device=keys.device))
         return torch.cat([begins, lines[order], order]).int()
 
+    def cuts(self, parts: int) -> list[int]:
+        """
+        Where so many equal ranges of rows begin among the blocks stored: of A, then of B\\A, and the end. It waits for
+        a GPU, once.
+        """
+        return self.row_offsets[:: len(self.row_offsets) // 2 // parts].tolist()
+
+    def active_part(self, rows: range, begin: int, end: int) -> "Pattern":
+        """
+        A of some rows of blocks as a pattern by itself, which copies no columns.
+
+        Args:
+            rows (`range`): the rows of blocks.
+            begin, end (`int`): which of the blocks stored are theirs in A, see [`Pattern.cuts`].
+        """
+        offsets = self.row_offsets.new_full((2 * len(rows) + 1,), end - begin)
+        torch.sub(self.row_offsets[rows.start : rows.stop], begin, out=offsets[: len(rows)])
+        return Pattern(offsets, self.columns[begin:end], self._part_shape(rows), self.block_size)
+
+    def part(self, rows: range, active: slice, exploring: slice) -> "Pattern":
+        """
+        A and B\\A of some rows of blocks as a pattern by itself, with a copy of their columns.
+
+        Args:
+            rows (`range`): the rows of blocks.
+            active, exploring (`slice`): which of the blocks stored are theirs in A and in B\\A, see [`Pattern.cuts`].
+        """
+        lines = len(self.row_offsets) // 2
+        count = active.stop - active.start
+        first = self.row_offsets[rows.start : rows.stop] - active.start
+        second = self.row_offsets[lines + rows.start : lines + rows.stop + 1] - (exploring.start - count)
+        columns = torch.cat([self.columns[active], self.columns[exploring]])
+        return Pattern(torch.cat([first, second]), columns, self._part_shape(rows), self.block_size)
+
+    def _part_shape(self, rows: range) -> tuple[int, int]:
+        return len(rows) * self.block_size[0], self.shape[1]
+
     def active_mask(self) -> Tensor:
         """A as a bool mask of shape (out, in)."""
         return mask_of(self, whole=False)
@@ -159,7 +196,6 @@ def take_slots(theta: Tensor, pattern: Pattern) -> Tensor:
     return theta.flatten()[pattern.flat_index()]
 
 
-@accelerated_by(passes.slot_sources)
 def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     """
     Where each slot of `new` comes from: its slot in `old`, or -1 where the weight was not stored there.

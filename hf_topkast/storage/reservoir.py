@@ -23,19 +23,17 @@ from .pattern import Pattern
 NOWHERE = "nowhere"
 
 
-def take_reservoir(theta: Tensor, backward: Tensor, place: str, into: Tensor | None = None) -> Tensor:
+def take_reservoir(theta: Tensor, backward: Tensor, place: str) -> Tensor:
     """
     The weights outside B, n − |B| numbers, or none where their place is `NOWHERE`; `theta` and the bool mask
-    `backward` have one shape. Written to `into`, and that returned, where it fits and nothing else would copy them.
+    `backward` have one shape.
     """
-    if place == NOWHERE:
-        return theta.new_empty(0)
-    return outside(theta, backward, into)
+    return theta.new_empty(0) if place == NOWHERE else outside(theta, backward)
 
 
 @accelerated_by(passes.outside)
-def outside(numbers: Tensor, mask: Tensor, into: Tensor | None = None) -> Tensor:
-    """The numbers that are not marked in the bool mask of their shape, in their order, flat; perhaps in `into`."""
+def outside(numbers: Tensor, mask: Tensor) -> Tensor:
+    """The numbers that are not marked in the bool mask of their shape, in their order, flat."""
     # In two steps, which take half the time of numbers[~mask].
     return numbers.flatten().index_select(0, (~mask).flatten().nonzero().squeeze(1))
 

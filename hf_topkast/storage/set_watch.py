@@ -70,11 +70,13 @@ class SetWatch(nn.Module):
         if row_offsets.is_meta or columns.is_meta:
             return
         sound = int(row_offsets[-1]) == columns.numel() and bool((row_offsets.diff() >= 0).all())
-        digest = encode(digest_of(Pattern(row_offsets, columns, self.shape, self.block_size))) if sound else None
+        digest = (
+            encode(digest_of(Pattern(row_offsets, columns, self.matrix_shape, self.block_size))) if sound else None
+        )
         if digest is None or not _equal(digest, self.sets_digest):  # who writes a whole state has written it, too
             raise RuntimeError(
-                f"The sets of a sparse layer of {self.shape[0]}×{self.shape[1]} were written over from outside: "
-                f"the values belong to others. {WAY_OUT}"
+                f"The sets of a sparse layer of {self.matrix_shape[0]}×{self.matrix_shape[1]} were written over from "
+                f"outside: the values belong to others. {WAY_OUT}"
             )
         self._writes = writes
 

@@ -11,10 +11,12 @@ from transformers.utils import logging
 from .column_walk import ColumnWalk
 from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_of, shard_like
 from .in_place import rewrite
-from .pattern import Pattern, pack_bits, slot_sources, take_slots
+from .pattern import Pattern, pack_bits, take_slots
+from .rearrangement import rearrange
 from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
 from .resharding import reshard
-from .set_watch import SetWatch, mixture
+from .set_watch import SetWatch
+from .state_dict import STRUCTURE, StoredState
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +24,6 @@ logger = logging.get_logger(__name__)
 # Every sparse layer that there is.
 LIVING: "weakref.WeakSet[SparseStorage]" = weakref.WeakSet()
 
-STRUCTURE = ("row_offsets", "columns")
 TRACKING = ("unvisited", "initial_reservoir_size")
 
 
@@ -40,13 +41,18 @@ class Moment(NamedTuple):
 
 
 def scored(theta: Tensor, input_norms: Tensor | None) -> Tensor:
-    """θ times the norms of its inputs, (out, in), as Wanda scores weights (arXiv 2306.11695); θ without norms."""
-    return theta if input_norms is None else theta * input_norms
-
-
-class SparseStorage(ColumnWalk, SetWatch):
     """
-    What both sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
+    θ times the norms of its inputs, (out, in), as Wanda scores weights (arXiv 2306.11695); θ without norms. The norms
+    are (in,), or (experts, in) where θ holds one expert's matrix below the other.
+    """
+    if input_norms is None or input_norms.ndim == 1:
+        return theta if input_norms is None else theta * input_norms
+    return (theta.unflatten(0, (len(input_norms), -1)) * input_norms[:, None]).flatten(0, 1)
+
+
+class SparseStorage(StoredState, ColumnWalk, SetWatch):
+    """
+    What all sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
 
     Attributes:
         values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
@@ -58,8 +64,8 @@ class SparseStorage(ColumnWalk, SetWatch):
             With `reservoir_device="nowhere"` it is empty, and θ is zero outside B.
         unvisited (`torch.Tensor`): packed bits, (ceil(n / 8),): which members of the first reservoir were never in A.
         initial_reservoir_size (`torch.Tensor`): int64 scalar, how many members that reservoir had.
-        input_norms (`torch.Tensor`, *optional*): root mean square of each input feature, (in,), with which weights are
-            scored; `None` where magnitudes alone count.
+        input_norms (`torch.Tensor`, *optional*): root mean square of each input feature, (in,), or of experts
+            (experts, in), with which weights are scored; `None` where magnitudes alone count.
         assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
             controller sees what it did not do itself, and a thread that saves whether it read one state or two.
     """
@@ -103,10 +109,10 @@ class SparseStorage(ColumnWalk, SetWatch):
         return self._pattern(full(self.columns))
 
     def _pattern(self, columns: Tensor) -> Pattern:
-        return Pattern(self.row_offsets, columns, self.shape, self.block_size, self._current_walk())
+        return Pattern(self.row_offsets, columns, self.matrix_shape, self.block_size, self._current_walk())
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """(out, in), whatever the stock layout."""
         in_features, out_features = self._features()
         return out_features, in_features
@@ -140,7 +146,7 @@ class SparseStorage(ColumnWalk, SetWatch):
         and pattern are copied; the reservoir, which only a refresh changes, is not.
         """
         own = {"device": self.reservoir.device, "copy": True}
-        pattern = Pattern(self.row_offsets.to(**own), self.columns.to(**own), self.shape, self.block_size)
+        pattern = Pattern(self.row_offsets.to(**own), self.columns.to(**own), self.matrix_shape, self.block_size)
         norms = None if self.input_norms is None else self.input_norms.to(**own)
         return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach(), norms)
 
@@ -158,18 +164,19 @@ class SparseStorage(ColumnWalk, SetWatch):
             `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
         """
         theta = self.theta() if theta is None else theta
-        pattern = Pattern.from_masks(active, backward, self.block_size)
-        sources = slot_sources(self.pattern, pattern)
+        former, pattern = self.pattern, Pattern.from_masks(active, backward, self.block_size)
+        keeps_rest, own = self.reservoir_device != NOWHERE, (self.values.detach(), self.reservoir)
         self.assignments += 2 if self.assignments % 2 else 1  # odd from here on, also after a change that has failed
         gradient, self.values.grad = self.values.grad, None
-        self._write("values", take_slots(theta, pattern))
+        sources, values, reservoir = rearrange(theta, backward, former, pattern, keeps_rest, into=own)
+        self._write("values", values)
         if gradient is not None:
             self.values.grad = moved(gradient, sources)
         for name in STRUCTURE:
             self._write(name, getattr(pattern, name))
         if pattern.column_walk is not None:
             self._keep_walk(pattern.column_walk)
-        self._write("reservoir", take_reservoir(theta, backward, self.reservoir_device, into=self.reservoir))
+        self._write("reservoir", reservoir)
         local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
         self._note_digest(pattern)
         self.assignments += 1
@@ -205,13 +212,22 @@ class SparseStorage(ColumnWalk, SetWatch):
             if self._rests_elsewhere:
                 self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 
+    def has_gradient(self) -> bool:
+        """Whether a gradient has come to `values` since it was cleared last, wherever FSDP2 keeps it meanwhile."""
+        kept = [self.values.grad]
+        if "values" in self._handles:
+            handle = self._handles["values"]
+            kept += [handle.sharded_param.grad, handle.unsharded_accumulated_grad]
+        return any(gradient is not None for gradient in kept)
+
     @property
     def _rests_elsewhere(self) -> bool:
         return self.reservoir_device not in ("same", NOWHERE)
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
-        if new is current:  # written already
+        if not is_sharded(current) and new.numel() and new.data_ptr() == current.data_ptr():  # written already
+            torch.autograd.graph.increment_version(current)
             return
         resized = current.shape != new.shape
         if is_sharded(current) and resized:
@@ -252,86 +268,15 @@ class SparseStorage(ColumnWalk, SetWatch):
         if self._rests_elsewhere:  # a copy comes in memory: back to where it rests
             self.reservoir = put_to_rest(self.reservoir, self.reservoir_device)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}sets_digest"] = self.sets_digest
-        if is_sharded(self.columns):  # which gloo can only gather in 32 bits
-            destination[f"{prefix}columns"] = self.columns.to(torch.int32)
-        if self._rests_elsewhere:
-            destination[f"{prefix}reservoir"] = self.reservoir
+    @property
+    def stock_shape(self) -> tuple[int, ...]:
+        """Shape of the weight in the stock layout."""
+        return self.matrix_shape[::-1] if self.stores_transposed else self.matrix_shape
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if f"{prefix}weight" in state_dict and f"{prefix}values" not in state_dict:
-            errors.append(
-                f"Layer '{prefix[:-1]}' is sparse, but the state dict holds a dense '{prefix}weight' for it. To go on "
-                "from a saved checkpoint directory use from_pretrained, or TopKastTrainer to resume training; to "
-                "start from dense weights load them first and sparsify the model afterwards."
-            )
-            return
-        if f"{prefix}values" in state_dict and not any(prefix + name in state_dict for name in STRUCTURE):
-            errors.append(
-                f"Layer '{prefix[:-1]}': the state has values and not the sets that they belong to, which may be "
-                "others by now. Take model.state_dict(), which has both, and not the parameters alone."
-            )
-            return
-        saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
-        problem = mixture(*saved, self.shape, self.block_size) or self._fit_storage(state_dict, prefix)
-        if problem:
-            errors.append(f"Layer '{prefix[:-1]}': {problem}")
-            return
-        self.assignments += 1
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        assign = metadata.get("assign_to_params_buffers", False)
-        if any(prefix + name in state_dict for name in STRUCTURE):
-            self._load_digest(state_dict.get(f"{prefix}sets_digest"), assign)
-            self._make_walk(assign)
-        self.assignments += 1
-        # No buffers, so torch does not know the keys.
-        unexpected[:] = [key for key in unexpected if key not in (f"{prefix}reservoir", f"{prefix}sets_digest")]
-        if self._rests_elsewhere:
-            if f"{prefix}reservoir" in state_dict:
-                self.reservoir.copy_(state_dict[f"{prefix}reservoir"])
-            elif strict:
-                missing.append(f"{prefix}reservoir")
-
-    def _load_digest(self, saved: Tensor | None, assign: bool):
-        """That of the sets just loaded; the saved one, where they are cut or have no numbers yet."""
-        if saved is not None and assign and saved.dtype == torch.float64:
-            self.sets_digest = saved  # as its sets are those of the state, and change with them
-        if not (is_sharded(self.columns) or self.columns.is_meta or self.row_offsets.is_meta):
-            self._note_digest(self._pattern(self.columns))
-        elif saved is not None:
-            self.sets_digest.copy_(saved)
-        self._watch()
-
-    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
-        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
-        sized = {name: state_dict.get(prefix + name) for name in ("values", "columns", "reservoir", "row_offsets")}
-        if any(tensor is None for tensor in sized.values()):
-            return None  # reported as missing keys by torch
-        stored = sized["values"].numel()
-        entries = stored // (self.block_size[0] * self.block_size[1])
-        resting = 0 if self.reservoir_device == NOWHERE else self.numel - stored
-        if sized["reservoir"].numel() != resting or sized["columns"].numel() != entries:
-            kept = "that keeps no weights outside B" if self.reservoir_device == NOWHERE else "with all its weights"
-            return (
-                f"the state holds {stored} values, {sized['columns'].numel()} columns and "
-                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights {kept}."
-            )
-        if sized["row_offsets"].shape != self.row_offsets.shape:
-            return (
-                f"the state has {sized['row_offsets'].numel()} row_offsets and this layer {self.row_offsets.numel()}: "
-                f"it was saved with another block_size than {self.block_size}."
-            )
-        if int(sized["row_offsets"][-1]) != sized["columns"].numel():
-            return (
-                f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
-                f"{sized['columns'].numel()} columns."
-            )
-        for name in ("values", "columns", "reservoir"):
-            if getattr(self, name).shape != sized[name].shape:
-                self._write(name, sized[name].detach())
-        return None
+    @staticmethod
+    def stock_name(name: str) -> str:
+        """The name in a dense model's state dict of the weight of the layer of this name."""
+        return f"{name}.weight"
 
     @classmethod
     def to_rows(cls, stock: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from .counts import SparsityCounts, count_sparsity
 from .replace import (
     SparseInfo,
     densify,
+    keep_buffers_from_ddp,
     make_sparse,
     mark_sparse,
     replace_module,
@@ -24,6 +25,7 @@ __all__ = [
     "SparsityCounts",
     "count_sparsity",
     "densify",
+    "keep_buffers_from_ddp",
     "make_sparse",
     "mark_sparse",
     "replace_module",

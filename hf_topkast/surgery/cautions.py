@@ -11,15 +11,17 @@ from ..method import get_method
 logger = logging.get_logger(__name__)
 
 
-def check_blocks(name: str, shape: tuple[int, int], block_size: list[int]):
+def check_blocks(name: str, shape: tuple[int, int], block_size: list[int], experts: int | None = None):
     """
     Raises:
-        ValueError: if blocks do not fill a layer of this shape, (out, in).
+        ValueError: if blocks do not fill a layer of this shape, (out, in), or one of its experts of this shape.
     """
     if shape[0] % block_size[0] or shape[1] % block_size[1]:
+        sides = f"{shape[0]}×{shape[1]} (out × in)"
         raise ValueError(
-            f"Layer '{name}' is {shape[0]}×{shape[1]} (out × in), which blocks of {block_size[0]}×{block_size[1]} do "
-            "not fill. Choose a block_size that divides the shape, or name the layer in exclude_modules."
+            f"Layer '{name}' {f'is {sides}' if experts is None else f'has {experts} experts of {sides}'}, which "
+            f"blocks of {block_size[0]}×{block_size[1]} do not fill. Choose a block_size that divides the shape, or "
+            "name the layer in exclude_modules."
         )
 
 

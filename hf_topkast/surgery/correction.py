@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import ExpertStack, layer_named
 from .calibration import run_batches
 
 
@@ -62,7 +63,8 @@ def correct_in_order(
         model (`torch.nn.Module`): the model, of which `replace` changes the layers.
         names (`Sequence[str]`): the layers, in the order in which the model runs them.
         batches (`Sequence`): inputs of the model.
-        replace (`Callable`): takes a layer's name and its Gram matrix, (in, in).
+        replace (`Callable`): takes a layer's name and its Gram matrix, (in, in), or those of experts, (experts, in,
+            in).
     """
     blocks: dict[str, list[str]] = {}
     for name in names:
@@ -70,14 +72,20 @@ def correct_in_order(
     for members in blocks.values():
         grams: dict[str, Tensor] = {}
 
-        def see(name: str, x: Tensor, grams: dict[str, Tensor] = grams):
+        def see(name: str, x: Tensor, ends: Tensor | None = None, grams: dict[str, Tensor] = grams):
             rows = x.reshape(-1, x.shape[-1])
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            grams[name] = rows.mT @ rows if name not in grams else grams[name].addmm_(rows.mT, rows)
+            bounds = [0, len(rows)] if ends is None else [0, *ends.tolist()]
+            if name not in grams:
+                grams[name] = rows.new_zeros(len(bounds) - 1, rows.shape[1], rows.shape[1])
+            for gram, first, last in zip(grams[name], bounds, bounds[1:]):
+                gram.addmm_(rows[first:last].mT, rows[first:last])
 
-        run_batches(model, {name: model.get_submodule(name) for name in members}, batches, see, stop_early=True)
+        layers = {name: layer_named(model, name) for name in members}
+        run_batches(model, layers, batches, see, stop_early=True)
         for name in members:
-            replace(name, grams.pop(name))
+            gram = grams.pop(name)
+            replace(name, gram if isinstance(layers[name], ExpertStack) else gram[0])
 
 
 def _block_of(name: str) -> str:

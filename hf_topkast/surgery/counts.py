@@ -1,10 +1,11 @@
 """What is sparse in a model, and what that saves in training, counted layer by layer."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
-from ..layers import TopKastLayer
+from ..layers import TopKastGroupedLinear, TopKastLayer
 from ..method import get_method
 from ..storage import STRUCTURE, TRACKING
 from .replace import sparse_layers
@@ -16,7 +17,10 @@ COPIES_IN_TRAINING = 4
 
 @dataclass
 class LayerRow:
-    """One sparse layer: its name, type, (out, in) shape, sizes and densities of A and B, and bytes in training."""
+    """
+    One sparse layer: its name, type, (out, in) shape, sizes and densities of A and B, and bytes in training; of
+    experts the shape of one, and how many there are.
+    """
 
     name: str
     type: str
@@ -28,6 +32,13 @@ class LayerRow:
     backward_density: float
     trainable_state_bytes: int
     dense_state_bytes: int
+    experts: int | None = None
+
+    @property
+    def shape_text(self) -> str:
+        """`1536 × 2048`, or of experts `128 × (1536 × 2048)`."""
+        sides = f"{self.shape[0]} × {self.shape[1]}"
+        return sides if self.experts is None else f"{self.experts} × ({sides})"
 
 
 @dataclass
@@ -64,7 +75,7 @@ class SparsityCounts:
         """Parameters of the dense model."""
         return sum(row.weights for row in self.rows) + self.dense_parameters
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
         extra = {"nonzero_parameters": self.nonzero_parameters, "total_parameters": self.total_parameters}
         return {**asdict(self), **extra}
@@ -73,7 +84,7 @@ class SparsityCounts:
         """The densities as a Markdown table, for a model card."""
         lines = ["| layer | out × in | density | backward density |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| `{row.name}` | {row.shape[0]} × {row.shape[1]} | {row.density:.4f} | {row.backward_density:.4f} |"
+            f"| `{row.name}` | {row.shape_text} | {row.density:.4f} | {row.backward_density:.4f} |"
             for row in self.rows
         ]
         lines.append(f"| all sparse layers | | {self.density:.4f} | {self.backward_density:.4f} |")
@@ -110,10 +121,11 @@ def _row(name: str, layer: TopKastLayer, copies: int) -> LayerRow:
         buffers.append(layer.column_walk)
     if layer.reservoir_device != "disk":
         buffers.append(layer.reservoir)
+    experts = layer.experts if isinstance(layer, TopKastGroupedLinear) else None
     return LayerRow(
         name=name,
         type=type(layer).__name__,
-        shape=layer.shape,
+        shape=layer.matrix_shape if experts is None else (layer.out_features, layer.in_features),
         weights=layer.numel,
         active=layer.active_count,
         stored=layer.values.numel(),
@@ -121,4 +133,5 @@ def _row(name: str, layer: TopKastLayer, copies: int) -> LayerRow:
         backward_density=layer.backward_density,
         trainable_state_bytes=layer.values.nbytes * copies + sum(buffer.nbytes for buffer in buffers),
         dense_state_bytes=layer.numel * layer.values.element_size() * dense_copies,
+        experts=experts,
     )

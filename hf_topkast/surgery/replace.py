@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TopKastConfig
-from ..layers import TopKastLayer, sparse_type
+from ..layers import (
+    ExpertStack,
+    TopKastLayer,
+    put_layer,
+    put_parameter,
+    sparse_type,
+    weight_rows,
+)
 from ..method import get_method
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
@@ -33,6 +40,8 @@ OF_THE_LAYERS = (
 )
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass
 class SparseInfo:
@@ -48,26 +57,26 @@ class SparseInfo:
     config: TopKastConfig
     step: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.config = copy.deepcopy(self.config)
         self.config.fix(OF_THE_LAYERS, "what the sparse layers were made with; densify the model and sparsify it anew")
 
 
 @torch.inference_mode(False)  # training could not go on with what is made in it
 def sparsify(
-    model: nn.Module,
+    model: Model,
     config: TopKastConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
     correct: bool = False,
-    **settings,
-) -> nn.Module:
+    **settings: Any,
+) -> Model:
     """
     Replaces projections of a model by truly sparse Top-KAST layers, in place.
 
     By default these are the attention and MLP projections inside the decoder blocks (`nn.Linear` and GPT-2's
-    `Conv1D`); embeddings, the head and whatever is tied to them, norms, biases and routers stay dense. Call it after
-    the model is initialised or loaded, and before the optimizer is made.
+    `Conv1D`) and every expert of mixture-of-experts blocks; embeddings, the head and whatever is tied to them, norms,
+    biases and routers stay dense. Call it after the model is initialised or loaded, and before the optimizer is made.
 
     Args:
         model (`torch.nn.Module`): a transformers model, or any module if `target_modules` says where.
@@ -78,8 +87,8 @@ def sparsify(
             magnitude alone. It stands for `score="activation"`.
         correct (`bool`, *optional*, defaults to `False`): whether the weights that stay are changed to make up for
             those that go, by least squares over the calibration's inputs (SparseGPT). It runs the model once more for
-            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers. An error on the way leaves
-            the layers before it sparse.
+            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers and experts. An error on the
+            way leaves the layers before it sparse.
         settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
 
     Returns:
@@ -124,8 +133,11 @@ def sparsify(
                 f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
             )
         check_finite(dense.weight.detach(), name)
-        check_blocks(name, weight_rows(dense).shape, config.block_size)
-    plan = SetPlan(model, {name: tuple(weight_rows(dense).shape) for name, dense in targets.items()}, config)
+        if isinstance(dense, ExpertStack):
+            check_blocks(name, (dense.out_features, dense.in_features), config.block_size, dense.experts)
+        else:
+            check_blocks(name, weight_rows(dense).shape, config.block_size)
+    plan = SetPlan(model, {name: _shape_of(dense) for name, dense in targets.items()}, config)
     if correct:
         calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
     norms = {} if calibration is None else input_norms(model, targets, calibration)
@@ -144,7 +156,7 @@ def sparsify(
 
     chosen = {name: choose(name) for name in targets}
 
-    def swap(name: str, gram: Tensor | None = None):
+    def swap(name: str, gram: Tensor | None = None) -> None:
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
         theta = weight_rows(dense)
         active, backward = (unpack_bits(bits, theta.numel()).view(theta.shape) for bits in chosen.pop(name))
@@ -167,7 +179,7 @@ def sparsify(
 
 
 @torch.inference_mode(False)
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Model) -> Model:
     """
     Puts ordinary dense layers with the weights α back, in place: the model computes what the sparse one did.
 
@@ -203,7 +215,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, TopKastLayer]]:
             yield name, module
 
 
-def mark_sparse(model: nn.Module, info: SparseInfo):
+def mark_sparse(model: nn.Module, info: SparseInfo) -> None:
     """Leaves `info` on the model and on the transformers models inside it, which may be saved by themselves."""
     for module in model.modules():
         if module is model or isinstance(module, PreTrainedModel):
@@ -211,10 +223,11 @@ def mark_sparse(model: nn.Module, info: SparseInfo):
             keep_buffers_from_ddp(module)
 
 
-def keep_buffers_from_ddp(model: nn.Module):
+def keep_buffers_from_ddp(model: nn.Module) -> None:
     """
     Tells DDP, by the attribute it reads from what it wraps, to leave the buffers of sparse layers alone: it would send
-    structure and reservoir to every rank before each forward pass, and gloo cannot send 16-bit integers at all.
+    structure and reservoir to every rank before each forward pass, and gloo cannot send 16-bit integers at all. A
+    wrapper around the model, such as PEFT's, has them under other names and needs to be told by itself.
     """
     buffers = [f"{name}.{key}" for name, layer in sparse_layers(model) for key, _ in layer.named_buffers()]
     others = set(getattr(model, DDP_IGNORES, ())) - set(buffers)
@@ -248,26 +261,29 @@ def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopK
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
     place = config.reservoir_device if get_method(config.method).keeps_values else NOWHERE
     settings = config.backend, place, tuple(config.block_size)
-    layer = sparse_type(dense)(dense, active, backward, *settings)
+    layer = sparse_type(dense)(dense, active, backward, *settings)  # type: ignore[misc]
     layer.powerprop_alpha = config.powerprop_alpha
     return layer
 
 
-def weight_rows(dense: nn.Module) -> Tensor:
-    """The weight of a convertible layer as (out, in), whatever its stock layout; detached."""
-    return sparse_type(dense).to_rows(dense.weight.detach())
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module):
-    """Puts `new` in every place of `model` that holds the object `old`, with what was registered and noted on it."""
-    carry_over(old, new)
+def replace_module(model: nn.Module, old: nn.Module | ExpertStack, new: nn.Module | nn.Parameter) -> None:
+    """
+    Puts `new` in every place of `model` that holds the object `old`, with what was registered and noted on it. For a
+    parameter of experts a layer, and for that layer the parameter.
+    """
+    if isinstance(old, ExpertStack):
+        put_layer(old.owner, old.key, new)
+        return
+    put = put_parameter if isinstance(new, nn.Parameter) else setattr
+    if put is setattr:
+        carry_over(old, new)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children would skip a second place
             if child is old:
-                setattr(parent, name, new)
+                put(parent, name, new)
 
 
-def _check_dense(model: nn.Module):
+def _check_dense(model: nn.Module) -> None:
     already = [name for name, _ in sparse_layers(model)]
     if already:
         raise ValueError(
@@ -281,7 +297,14 @@ def _check_dense(model: nn.Module):
         )
 
 
+def _shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:
+    return dense.matrix_shape if isinstance(dense, ExpertStack) else tuple(weight_rows(dense).shape)
+
+
 def _corrected(name: str, theta: Tensor, active: Tensor, gram: Tensor) -> Tensor:
+    if gram.ndim == 3:  # one for each expert
+        experts = zip(theta.chunk(len(gram)), active.chunk(len(gram)), gram)
+        return torch.cat([_corrected(name, *expert) for expert in experts])
     try:
         return corrected(theta, active, gram)
     except torch.linalg.LinAlgError as error:
@@ -291,7 +314,7 @@ def _corrected(name: str, theta: Tensor, active: Tensor, gram: Tensor) -> Tensor
         ) from error
 
 
-def _log_summary(model: nn.Module):
+def _log_summary(model: nn.Module) -> None:
     layers = [layer for _, layer in sparse_layers(model)]
     total = sum(layer.numel for layer in layers)
     active = sum(layer.active_count for layer in layers)

@@ -12,6 +12,7 @@ from .controller import TopKastController
 from .distillation import TopKastDistillationMixin, TopKastDistillationTrainer
 from .distillation_loss import TopKastDistillationConfig
 from .ema import TopKastEMACallback
+from .layer_logger import TopKastLayerLogger
 from .optimizer_states import register_optimizer
 from .trainer import TopKastTrainer, TopKastTrainerMixin
 
@@ -24,6 +25,7 @@ __all__ = [
     "TopKastDistillationMixin",
     "TopKastDistillationTrainer",
     "TopKastEMACallback",
+    "TopKastLayerLogger",
     "TopKastTrainer",
     "TopKastTrainerMixin",
     "average_models",

@@ -1,16 +1,28 @@
 """Sets for a coming refresh, chosen by a thread while training goes on (`refresh_lag`)."""
 
+import json
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import Present, SetPlan, Sizes
-from ..storage import Moment, pack_bits, unpack_bits
+from ..storage import Moment, pack_bits, raise_together, unpack_bits
+
+
+# What the sets depend on beside the weights, the step and the schedules.
+CHOOSING_SETTINGS = (
+    *("method", "density", "backward_density", "initial_density"),
+    *("distribution", "density_overrides", "split_fused", "block_size"),
+    *("score", "compare"),
+    *("drop_share", "drop_end", "drop_decay", "update_until", "seed"),
+)
 
 
 class Choice:
@@ -41,12 +53,40 @@ class Choice:
             self._sets = found
         return self._sets
 
+    def taken(self, key: list, group: dist.ProcessGroup | None) -> dict[str, Tensor] | None:
+        """The sets, in a dictionary to empty, if they are for this key; every rank has to call."""
+        if self.key != key:
+            return None
+        sets, problem = None, None
+        try:
+            sets = dict(self.sets())
+        except RuntimeError as error:
+            problem = error
+        raise_together(problem, group)
+        return sets
+
     def __reduce__(self):  # of a copy, which has no thread
         return Choice, (self.key, self.sets())
 
     def state_dict(self) -> dict[str, Any]:
         """The key, and the sets as tensors; waits for the thread."""
         return {"key": self.key, "sets": self.sets()}
+
+
+def choice_key(config: TopKastConfig, layers: list[str], step: int, left: float, explores: bool) -> list:
+    """
+    All that the sets of a step depend on beside the weights, as JSON types.
+
+    Args:
+        config ([`TopKastConfig`]): the settings.
+        layers (`list[str]`): names of those that are trained.
+        step (`int`): the optimizer step of the refresh.
+        left (`float`): share of the density schedule's way that is left then.
+        explores (`bool`): whether B is larger than A then.
+    """
+    settings = {name: getattr(config, name) for name in CHOOSING_SETTINGS}
+    settings["layers"] = layers
+    return [step, left, explores, json.dumps(settings)]  # of overrides the order counts
 
 
 def choose_ahead(
@@ -81,7 +121,9 @@ def choose_ahead(
 
 def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
     """A and B of a layer as bool masks, (out, in), on its device."""
-    active, backward = (unpack_bits(bits, layer.numel).view(layer.shape) for bits in sets.to(layer.values.device))
+    active, backward = (
+        unpack_bits(bits, layer.numel).view(layer.matrix_shape) for bits in sets.to(layer.values.device)
+    )
     return active, backward
 
 

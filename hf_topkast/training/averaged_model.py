@@ -5,6 +5,7 @@ A slot of a sparse layer means another weight after each refresh, so the average
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
@@ -35,11 +36,11 @@ class TopKastAveragedModel(AveragedModel):
         ValueError: if FSDP2 has sharded the model.
     """
 
-    def __init__(self, model: nn.Module, *args, **kwargs):
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(bare(model), *args, **kwargs)
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module):
+    def update_parameters(self, model: nn.Module) -> None:
         """
         Takes the weights that `model` has now into the average.
 
@@ -76,7 +77,7 @@ class TopKastAveragedModel(AveragedModel):
                 mine.topkast.step = live.topkast.step
         self.n_averaged += 1
 
-    def _average(self, pairs: list[tuple[Tensor, Tensor]]):
+    def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Changes the first of each pair; the two have one dtype and device."""
         if self.n_averaged == 0:
             for mine, live in pairs:
@@ -86,11 +87,11 @@ class TopKastAveragedModel(AveragedModel):
             for mine, live in pairs:
                 mine.copy_(average(mine, live, self.n_averaged.to(mine.device)))
         else:
-            groups: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+            groups: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
             for mine, live in pairs:
                 groups.setdefault((mine.device, mine.dtype), []).append((mine, live))
             for (device, _), group in groups.items():
-                self.multi_avg_fn(*map(list, zip(*group)), self.n_averaged.to(device))
+                self.multi_avg_fn(*map(list, zip(*group)), self.n_averaged.to(device))  # type: ignore[call-arg]
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -120,7 +121,7 @@ def layer_pairs(model: nn.Module, other: nn.Module) -> Iterator[tuple[TopKastLay
         ValueError: if the models have other layers; the message names one.
     """
     first, second = list(sparse_layers(model)), list(sparse_layers(other))
-    outlines = [[(name, layer.shape, layer.block_size) for name, layer in layers] for layers in (first, second)]
+    outlines = [[(name, layer.matrix_shape, layer.block_size) for name, layer in layers] for layers in (first, second)]
     if outlines[0] != outlines[1]:
         odd = [*sorted(set(outlines[0]) ^ set(outlines[1]), key=str), *outlines[1]][0]
         raise ValueError(

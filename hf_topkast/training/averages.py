@@ -18,8 +18,9 @@ def average_models(models: Iterable[nn.Module], weights: Iterable[float] | None 
     """
     Averages sparse models of one kind, weight by weight: Σ wᵢ·θᵢ / Σ wᵢ.
 
-    Dense parameters and floating-point buffers are averaged too; all else is the first model's. If all models have the
-    same sets, so has the average. Else A and B are chosen anew from the averaged θ, as a refresh would, in the sizes
+    Dense parameters and floating-point buffers are averaged too; all else is the first model's. Norms of inputs, which
+    `score="activation"` ranks with, become the root of the mean of their squares, by |wᵢ|. If all models have the same
+    sets, so has the average. Else A and B are chosen anew from the averaged θ, as a refresh would, in the sizes
     that they have in the first model. Half-precision weights are summed in float32.
 
     Args:
@@ -33,12 +34,13 @@ def average_models(models: Iterable[nn.Module], weights: Iterable[float] | None 
 
     Raises:
         ValueError: if there is no model, if one is not sparse or not like the first (other layers, shapes, block
-            sizes), if there are more or fewer weights than models, if a weight or the average is NaN or infinite, if
-            the weights' sum is 0, or if FSDP2 has sharded a model.
+            sizes, or norms of inputs in only one of the two), if there are more or fewer weights than models, if a
+            weight or the average is NaN or infinite, if the weights' sum is 0, or if FSDP2 has sharded a model.
     """
     weights = None if weights is None else _checked_weights(weights)
     average, same, total, count = None, True, 0.0, 0
     shifts: dict[str, Tensor] = {}  # Σ wᵢ·(θᵢ − θ₀): equal models give themselves, bit by bit
+    squares, mass = {}, 0.0  # the same of the squares of norms, Σ |wᵢ|·(sᵢ² − s₀²), and Σ |wᵢ|
     for model in models:  # not enumerate, which would keep a model while the next one is made
         model = bare(model)
         if next(sparse_layers(model), None) is None:
@@ -54,14 +56,19 @@ def average_models(models: Iterable[nn.Module], weights: Iterable[float] | None 
         else:
             _check_alike(average, model, count)
             _add_shifts(shifts, average, model, weight)
+            _add_squares(squares, average, model, abs(weight))
             same = same and all(same_sets(*pair) for pair in layer_pairs(average, model))
-        total, count = total + weight, count + 1
+        total, mass, count = total + weight, mass + abs(weight), count + 1
         del model
     if average is None:
         raise ValueError("average_models: there is no model to average. (A generator can be read only once.)")
     if weights is not None and count < len(weights):
         raise ValueError(f"average_models: there are {len(weights)} weights and {count} models. Give one for each.")
 
+    for name, layer in sparse_layers(average):  # before weights are ranked with them
+        if name in squares:
+            mean = layer.input_norms.double().square() + squares[name] / mass
+            layer.input_norms.copy_(mean.clamp(min=0).sqrt())
     choose = _own_sets if same else _chooser(average)
     for key, number, layer in _numbers(average):
         if key in shifts:
@@ -98,28 +105,39 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor, TopKastLayer | Non
         yield name, tensor.detach(), None
 
 
-def _check_alike(first: nn.Module, model: nn.Module, place: int):
+def _check_alike(first: nn.Module, model: nn.Module, place: int) -> None:
     outlines = []
     for one in (first, model):
-        layers = {n: (type(layer).__name__, layer.shape, layer.block_size) for n, layer in sparse_layers(one)}
-        outlines.append({**layers, **{name: tuple(tensor.shape) for name, tensor in _dense_tensors(one).items()}})
+        layers = {n: (type(layer).__name__, layer.matrix_shape, layer.block_size) for n, layer in sparse_layers(one)}
+        normed = {f"{n}.input_norms": "there" for n, layer in sparse_layers(one) if layer.input_norms is not None}
+        dense = {name: tuple(tensor.shape) for name, tensor in _dense_tensors(one).items()}
+        outlines.append({**layers, **normed, **dense})
     for key in outlines[0] | outlines[1]:
         mine, theirs = (outline.get(key, "missing") for outline in outlines)
         if mine != theirs:
             raise ValueError(
                 f"average_models: model {place} is not like the first: '{key}' is {theirs} in it and {mine} in the "
                 "first (type, (out, in), block size; or shape). Only models of one architecture that were made sparse "
-                "with the same target_modules and block_size can be averaged."
+                "with the same target_modules, block_size and score can be averaged."
             )
 
 
-def _add_shifts(shifts: dict[str, Tensor], first: nn.Module, model: nn.Module, weight: float):
+def _add_shifts(shifts: dict[str, Tensor], first: nn.Module, model: nn.Module, weight: float) -> None:
     for (key, start, _), (_, number, _) in zip(_numbers(first), _numbers(model)):
         wide = torch.promote_types(start.dtype, torch.float32)
         start, number = start.to(wide), number.to(start.device, wide)
         if not torch.equal(start, number):  # equal ones may be infinite, as masks in buffers are
             shift = (number - start).mul_(weight)
             shifts[key] = shifts[key].add_(shift) if key in shifts else shift
+
+
+def _add_squares(squares: dict[str, Tensor], first: nn.Module, model: nn.Module, weight: float) -> None:
+    for (name, mine), (_, theirs) in zip(sparse_layers(first), sparse_layers(model)):
+        if mine.input_norms is None:
+            continue
+        start, other = mine.input_norms.double(), theirs.input_norms.to(mine.input_norms.device).double()
+        if not torch.equal(start, other):
+            squares[name] = squares.get(name, 0.0) + weight * (other.square() - start.square())
 
 
 def _own_sets(layer: TopKastLayer, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +148,7 @@ def _chooser(model: nn.Module) -> Callable[[TopKastLayer, Tensor], tuple[Tensor,
     """Chooses a layer's sets from its θ as a refresh does, part by part, in the sizes of those that it has."""
     root = sparse_root(model)
     names = {layer: name for name, layer in sparse_layers(root)}
-    plan = SetPlan(root, {name: layer.shape for layer, name in names.items()}, sparse_info(model).config)
+    plan = SetPlan(root, {name: layer.matrix_shape for layer, name in names.items()}, sparse_info(model).config)
 
     def choose(layer: TopKastLayer, theta: Tensor) -> tuple[Tensor, Tensor]:
         height, width = layer.block_size

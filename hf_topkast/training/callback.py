@@ -1,7 +1,10 @@
 """The Top-KAST schedule as a callback of `transformers.Trainer`, with its place in a checkpoint."""
 
+from typing import Any
+
 from torch import nn
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -25,12 +28,20 @@ class TopKastCallback(TrainerCallback, ExportableState):
         ahead (`dict`, *optional*): sets that the training to be resumed had chosen for its next refresh.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.controller: TopKastController | None = None
         self.wrapped: nn.Module | None = None
-        self.ahead: dict | None = None
+        self.ahead: dict[str, Any] | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Makes the controller, once the optimizer is there and a resumed state is loaded."""
         if self.controller is not None:
             self.controller.remove()
@@ -46,21 +57,34 @@ class TopKastCallback(TrainerCallback, ExportableState):
         self.controller.load_state_dict({**schedule, "ahead": self.ahead if schedule.get("ahead") else None})
         self.ahead = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Adds the `topkast/` metrics for the loggers that come after this callback."""
         if self.controller is not None and "loss" in logs and "topkast/density" not in logs:
             logs.update(self.controller.metrics())
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         """Leaves the optimizer as it was."""
         self.controller.remove()
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""
         return {"args": {}, "attributes": {"saved": self.controller and self.controller.state_dict(ahead=False)}}
 
 
-def saved_schedule(stateful_callbacks: dict, step: int) -> dict:
+def saved_schedule(stateful_callbacks: dict[str, Any], step: int) -> dict[str, Any]:
     """
     The controller's state in what Trainer saved of its callbacks.
 

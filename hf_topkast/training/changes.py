@@ -78,6 +78,7 @@ class ValueChanges:
             exploration.copy_(torch.lerp(before, exploration, self.config.exploration_lr_scale))
         self.settle()
 
+    @torch.no_grad()
     def settle(self):
         """Makes all values weights again, also after a step that was skipped or ended by an error."""
         self._before.clear()

@@ -18,6 +18,7 @@ from .own_groups import OwnGroups
 from .penalty import penalty_of
 from .refresher import Refresher
 from .settled import Settled
+from .step_guard import StepGuard
 from .watch import controller_of, unwatch, watch
 
 
@@ -89,20 +90,23 @@ class TopKastController:
         return self._info.step
 
     @step.setter
-    def step(self, step: int):
+    def step(self, step: int) -> None:
         self._info.step = step
 
-    def _attach(self):
+    def _attach(self) -> None:
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._on_step_begin),
             self.optimizer.register_step_post_hook(self._on_step_end),
         ]
+        if self.config.powerprop_alpha != 1:
+            self._hooks.append(StepGuard(self.optimizer, self._changes.settle))
         watch(self)
 
-    def remove(self):
+    def remove(self) -> None:
         """Takes the hooks off the optimizer: from then on A and B stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        self._changes.settle()  # of a step that an error has ended
         self._refresher.expect(None)
         unwatch(self)
 
@@ -110,7 +114,7 @@ class TopKastController:
         # Hooks are not copied with an optimizer; those of a controller that was removed are not to come back.
         return {**self.__dict__, "_hooks": controller_of(self.optimizer) is self}
 
-    def __setstate__(self, state: dict[str, Any]):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if state["_hooks"]:
             self._attach()
@@ -123,7 +127,9 @@ class TopKastController:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _on_step_begin(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _on_step_begin(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._skips(optimizer):
             return None
         self._settled.check()
@@ -138,7 +144,7 @@ class TopKastController:
             self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
             return None
 
-        def closure_and_changes():
+        def closure_and_changes() -> Any:
             self._changes.settle()
             loss = closure()
             with torch.no_grad():
@@ -148,7 +154,7 @@ class TopKastController:
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
 
-    def _warn_of_restart(self):
+    def _warn_of_restart(self) -> None:
         """At the first step and not before: between the two the state may be loaded."""
         if self._restarted_from:
             logger.warning(
@@ -164,12 +170,12 @@ class TopKastController:
         overflow = getattr(optimizer, "found_inf", None)
         return overflow is not None and bool(overflow)
 
-    def _see_layers(self):
+    def _see_layers(self) -> None:
         """Remembers how often the layers got other sets, and the density that the penalty divides by."""
         self._seen = {name: layer.assignments for name, layer in self.layers.items()}
         self._density = self.density
 
-    def _check_layers(self):
+    def _check_layers(self) -> None:
         """Moments must not meet weights that they do not belong to."""
         for name, count in self._seen.items():
             layer = self.layers[name]
@@ -184,7 +190,7 @@ class TopKastController:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _on_step_end(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+    def _on_step_end(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._skips(optimizer):
             self._changes.settle()
             self._groups.end()
@@ -200,7 +206,7 @@ class TopKastController:
     # Changing the sets
 
     @torch.no_grad()
-    def refresh(self):
+    def refresh(self) -> None:
         """
         Chooses A and B of every layer again from |θ|, layer by layer, in the sizes that the schedules give them now;
         optimizer state moves with its weight. What was chosen ahead is forgotten. With `method="static"` nothing
@@ -215,7 +221,7 @@ class TopKastController:
             self._see_layers()
 
     @torch.no_grad()
-    def end_exploration(self):
+    def end_exploration(self) -> None:
         """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
         self._refresher.end_exploration()
         self._see_layers()
@@ -286,7 +292,7 @@ class TopKastController:
         """
         return {"step": self.step, **self._refresher.state_dict(ahead)}
 
-    def load_state_dict(self, state: dict[str, Any]):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Continues from [`state_dict`]. Load the model and the optimizer as well.
 

@@ -1,10 +1,12 @@
 """Distillation under `transformers.Trainer`: a sparse student learns from a dense teacher beside its own task."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from .distillation_loss import (
@@ -53,10 +55,10 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
 
     def __init__(
         self,
-        *args,
-        teacher: PreTrainedModel | str | os.PathLike,
+        *args: Any,
+        teacher: PreTrainedModel | str | os.PathLike[str],
         distillation: TopKastDistillationConfig | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.distillation = TopKastDistillationConfig() if distillation is None else distillation
@@ -71,7 +73,7 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
         self._forget_parts()
         self._step_tokens, self._micro_batches = None, 1
 
-    def _check_split(self):
+    def _check_split(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)
         split = [name for name in ("tp", "cp", "sp") if getattr(parallel, f"{name}_enabled", False)]
         if self.args.n_gpu > 1 or split:
@@ -81,11 +83,13 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
                 "one), under DDP or FSDP2."
             )
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_parts()
         return super()._prepare_for_training(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
         """As the base trainer's; also counts the tokens of the step that are not padding, as it counts labels."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._steps += 1
@@ -97,7 +101,13 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
             self._step_tokens = tokens
         return batches, items
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """As the base trainer's in evaluation; in training the weighted sum of the parts."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
@@ -113,7 +123,9 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
         loss = weights.task_weight * task + weights.logit_weight * logits + weights.hidden_weight * hidden
         return (loss, outputs) if return_outputs else loss
 
-    def _compare(self, student: StudentPass, inputs: dict, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    def _compare(
+        self, student: StudentPass, inputs: dict[str, Any], items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
         """Both terms that need the teacher, each scaled as the base trainer scales its loss."""
         arguments = {name: value for name, value in inputs.items() if name not in FOR_LOSS}
         arguments["use_cache"] = False
@@ -123,7 +135,7 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
             student.check_blocks()
             real = real_tokens(inputs)
 
-        def see(index: int, output: Tensor):  # at once, so that the teacher's outputs need not be kept
+        def see(index: int, output: Tensor) -> None:  # at once, so that the teacher's outputs need not be kept
             with torch.enable_grad():
                 own = student.blocks[index]
                 errors.append(hidden_error(own, output.to(own.device), real.to(own.device)).to(self.args.device))
@@ -155,16 +167,16 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return processes / torch.as_tensor(items, device=counted.device).clamp(min=1)
 
-    def _forget_parts(self):
+    def _forget_parts(self) -> None:
         self._parts = torch.zeros(len(PARTS))
         self._steps = 0
 
-    def _note_parts(self, parts: tuple[Tensor, ...], scaled: bool):
+    def _note_parts(self, parts: tuple[Tensor, ...], scaled: bool) -> None:
         """Adds up what a micro-batch adds to the parts of its step, for the next log."""
         now = torch.stack([part.detach().float() for part in parts])
         self._parts = self._parts.to(now.device) + (now if scaled else now / self._micro_batches)
 
-    def log(self, logs: dict[str, float], *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs with the means of the parts since the last time beside each training loss."""
         if "loss" in logs and self._steps > 0:
             means = self.accelerator.reduce(self._parts, "mean") / self._steps

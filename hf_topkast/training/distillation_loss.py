@@ -1,7 +1,9 @@
 """What a student is to have in common with its teacher, as functions of tensors, and the weights of each."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class TopKastDistillationConfig:
     temperature: float = 1.0
     "What both models' logits are divided by for the KL divergence."
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("task_weight", "logit_weight", "hidden_weight"):
             value = getattr(self, name)
             check(0 <= number(value) < math.inf, name, value, "a finite number, at least 0 (0 leaves the part out)")
@@ -48,7 +50,7 @@ class TopKastDistillationConfig:
             )
 
 
-def next_labels(inputs: dict) -> Tensor:
+def next_labels(inputs: dict[str, Any]) -> Tensor:
     """
     The label that each position predicts, `IGNORED` where there is none: (batch, tokens).
 
@@ -67,7 +69,7 @@ def next_labels(inputs: dict) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
-def real_tokens(inputs: dict) -> Tensor:
+def real_tokens(inputs: dict[str, Any]) -> Tensor:
     """
     Where a batch has tokens and not padding: bool, (batch, tokens).
 
@@ -109,7 +111,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     """The divergence and its gradient by chunks of tokens: wide copies of the logits are never there as a whole."""
 
     @staticmethod
-    def forward(ctx, student, teacher, counted, temperature):
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(student, teacher, counted)
         ctx.temperature = temperature
         total = torch.zeros((), dtype=_wide(student), device=student.device)
@@ -119,7 +121,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, counted = ctx.saved_tensors
         result = torch.zeros_like(student)
         for own, other, rows in _chunks(student, teacher, counted, ctx.temperature):
@@ -127,7 +129,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         return result, None, None, None
 
 
-def _chunks(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float):
+def _chunks(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Iterator[tuple[Tensor, ...]]:
     """Log-probabilities of both at the rows that count, some rows at a time, and which rows these are."""
     for rows in counted.nonzero().squeeze(1).split(max(1, CHUNK // student.shape[1])):
         both = (logits[rows].to(_wide(student)) / temperature for logits in (student, teacher))

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
@@ -52,7 +53,7 @@ class TopKastEMACallback(TrainerCallback):
         decay: float = 0.999,
         update_every: int = 1,
         device: str | torch.device | None = None,
-        resume: bool | str | os.PathLike = True,
+        resume: bool | str | os.PathLike[str] = True,
     ):
         check(0 <= number(decay) <= 1, "decay", decay, "a number from 0 to 1")
         check(whole(update_every) >= 1, "update_every", update_every, "a whole number from 1 on")
@@ -64,7 +65,14 @@ class TopKastEMACallback(TrainerCallback):
         """The averaged model, to evaluate and save; `None` before the first training."""
         return self.averaged and self.averaged.module
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Begins the average, or goes on with that of the checkpoint that training resumes from."""
         if args.save_strategy != SaveStrategy.NO and not _saves_whole(model):
             raise ValueError(
@@ -79,12 +87,26 @@ class TopKastEMACallback(TrainerCallback):
             own = self.resume is True
             self._load(_checkpoint(args, state) if own else Path(self.resume), model)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Takes the weights after the step into the average."""
         if state.global_step % self.update_every == 0:
             self.averaged.update_parameters(model)
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Writes the average into the checkpoint that was just written: whole, or not at all."""
         checkpoint = _checkpoint(args, state)
         if not args.should_save:
@@ -106,7 +128,7 @@ class TopKastEMACallback(TrainerCallback):
         os.replace(temporary, folder)
         flush(checkpoint)
 
-    def _load(self, checkpoint: Path, trained: nn.Module):
+    def _load(self, checkpoint: Path, trained: nn.Module) -> None:
         folder = checkpoint / FOLDER
         ways = (
             "Give the checkpoint that training resumes from, TopKastEMACallback(resume=path), if it is another one; "
@@ -128,7 +150,7 @@ class TopKastEMACallback(TrainerCallback):
         self.averaged.n_averaged.fill_(record["n_averaged"])
 
 
-def _checkpoint(args, state) -> Path:
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..method import get_method
-from ..storage import InputSquares, local, raise_together
+from ..storage import local, raise_together
 from .gradients import GradientWatch, PartGradients
 
 
@@ -36,7 +36,7 @@ class StepObserver:
         watched = layers if self._gradient == "dense" else {}
         self._watches = {name: GradientWatch(layer, group) for name, layer in watched.items()}
         scored = {name: layer for name, layer in layers.items() if layer.input_norms is not None}
-        self._inputs = {name: InputSquares(layer.input_norms.device) for name, layer in scored.items()}
+        self._inputs = {name: layer.new_input_watch() for name, layer in scored.items()}
         self.unseen: set[str] = set()
 
     def expect(self, refresh: bool):
@@ -87,10 +87,8 @@ class StepObserver:
         for name, squares in self._inputs.items():
             norms = self.layers[name].input_norms
             squares.over_ranks(norms, self._group)
-            seen = squares.mean() if squares.tokens else None
-            if seen is not None and bool(seen.isfinite().all()):  # else they would stay infinite for ever
-                former = norms.to(seen.dtype)
-                norms.copy_((KEPT_SQUARES * former.square() + (1 - KEPT_SQUARES) * seen).sqrt())
+            if squares.tokens and bool(squares.mean().isfinite().all()):  # else they would stay infinite for ever
+                norms.copy_(squares.follow(norms, KEPT_SQUARES))
 
     def _trains(self, name: str) -> bool:
         return self.layers[name].values.requires_grad

@@ -7,6 +7,7 @@ That cannot be told of an optimizer in general, hence a list, which [`register_o
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 # What a newcomer's state starts at: a number, or a function of its parameter group and the newcomers' values, (k,),
 # that gives a number or (k,).
-Start = float | Callable[[dict, Tensor], float | Tensor]
+Start = float | Callable[[dict[str, Any], Tensor], float | Tensor]
 
 # Running means (or sums, or maxima) of squared gradients, under the names that most optimizers give them.
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance")
@@ -41,15 +42,15 @@ class StateRule:
     corrects_bias: bool = False
 
 
-def _own_values(group: dict, values: Tensor) -> Tensor:
+def _own_values(group: dict[str, Any], values: Tensor) -> Tensor:
     return values
 
 
-def _learning_rate(group: dict, values: Tensor) -> float:
+def _learning_rate(group: dict[str, Any], values: Tensor) -> float:
     return float(group["lr"])
 
 
-def _initial_accumulator(group: dict, values: Tensor) -> float:
+def _initial_accumulator(group: dict[str, Any], values: Tensor) -> float:
     return group["initial_accumulator_value"]
 
 
@@ -87,7 +88,7 @@ def register_optimizer(
     fresh: Mapping[str, Start] | None = None,
     second_moments: Iterable[str] = SECOND_MOMENTS,
     mirrors_values: bool = False,
-):
+) -> None:
     """
     Allows an optimizer class, and its subclasses, for sparse layers.
 

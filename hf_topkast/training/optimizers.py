@@ -193,8 +193,8 @@ def carry_state(
     group = next(group for group in optimizer.param_groups if any(held is values for held in group["params"]))
     if lr_scale != 1:
         group = {**group, "lr": group["lr"] * lr_scale}
-    stays = sources >= 0
-    newcomers = full(values.detach())[~stays] if any(map(callable, rule.fresh.values())) else None
+    stays = sources >= 0 if any(map(callable, rule.fresh.values())) else None
+    newcomers = None if stays is None else full(values.detach())[~stays]
     for key, stored in state.items():
         if not isinstance(stored, Tensor) or stored.ndim == 0 or stored.numel() != former:
             continue  # a step count, or what holds for the whole parameter
@@ -211,7 +211,7 @@ def carry_state(
             state[key] = arrived
 
 
-def _start(rule: StateRule, key: str, group: dict, newcomers: Tensor | None, stays: Tensor) -> Tensor:
+def _start(rule: StateRule, key: str, group: dict, newcomers: Tensor | None, stays: Tensor | None) -> Tensor:
     """What the newcomers' state `key` begins with: one number for all, or one for each, in its slot."""
     start = rule.fresh.get(key, 0.0)
     if callable(start):

@@ -1,9 +1,7 @@
 """When A and B change and to what, and optimizer state that moves with its weight."""
 
-import json
 import time
-from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,32 +12,16 @@ from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
-from ..sets import Present, SetPlan, Sizes, Timetable, check_finite
-from ..storage import (
-    NOWHERE,
-    Arriving,
-    Moment,
-    check_agreement,
-    local,
-    raise_together,
-    set_digest,
-    world_size,
-)
-from .ahead import Choice, choose_ahead, unpacked
+from ..sets import Present, SetPlan, Sizes, Timetable
+from ..storage import Moment, check_agreement, set_digest, world_size
+from .ahead import Choice, choice_key, choose_ahead, unpacked
 from .engines import check_lag, check_resizing, rebuild_buckets
 from .observer import StepObserver
-from .optimizers import carry_state, check_outside_changes, check_state
+from .optimizers import check_outside_changes
+from .reassignment import check_numbers, check_reservoirs, reassign, thetas
 
 
 logger = logging.get_logger(__name__)
-
-# What the sets depend on beside the weights, the step and the schedules.
-CHOOSING_SETTINGS = (
-    *("method", "density", "backward_density", "initial_density"),
-    *("distribution", "density_overrides", "split_fused", "block_size"),
-    *("score", "compare"),
-    *("drop_share", "drop_end", "drop_decay", "update_until", "seed"),
-)
 
 
 class Refresher:
@@ -78,7 +60,7 @@ class Refresher:
         self.layers, self.config, self.optimizer = layers, config, optimizer
         self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
         self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
-        self._check_reservoirs()
+        check_reservoirs(layers, config.method)
         self.timetable = Timetable.of(config, total_steps)
         self._arrived = config.initial_density is not None and self._is_at_final_density()
         window = self.timetable.density_window
@@ -122,7 +104,7 @@ class Refresher:
             ValueError: if a weight is NaN or infinite; the message names the layer.
         """
         if self.timetable.is_due(step):
-            self._check_numbers()
+            check_numbers(self.layers, self.optimizer, self._group)
             self._observer.check(step)
 
     def after_step(self, step: int) -> bool:
@@ -164,12 +146,12 @@ class Refresher:
         if not (self._plan.method.refreshes and moving):
             return False
         start = time.perf_counter()
-        self._check_numbers()
+        check_numbers(self.layers, self.optimizer, self._group)
         self._observer.follow_inputs()
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
         members, left = {}, {}
-        for name, layer, theta in self._thetas():
+        for name, layer, theta in thetas(self._moving()):
             if name in self._observer.unseen:
                 continue
             if chosen is None:
@@ -178,8 +160,7 @@ class Refresher:
             else:
                 active, backward = unpacked(chosen.pop(name), layer)
             members[name] = layer.active_count
-            sources = self._reassign(name, active, backward, theta)[: layer.active_count]
-            left[name] = members[name] - int(((sources >= 0) & (sources < members[name])).count_nonzero())
+            left[name] = reassign(layer, active, backward, theta, self.optimizer, self.config)
         self.check_agreement()
         if self._ddp is not None and stored != self._stored():
             rebuild_buckets(self._ddp)
@@ -190,10 +171,10 @@ class Refresher:
 
     def end_exploration(self):
         """Makes B := A in every layer."""
-        self._check_numbers()
-        for name, layer, theta in self._thetas():
+        check_numbers(self.layers, self.optimizer, self._group)
+        for _, layer, theta in thetas(self._moving()):
             active = layer.pattern.active_mask()
-            self._reassign(name, active, active, theta)
+            reassign(layer, active, active, theta, self.optimizer, self.config)
         if self._ddp is not None:
             rebuild_buckets(self._ddp)
 
@@ -240,64 +221,28 @@ class Refresher:
             digests = {name: set_digest(sets) for name, sets in patterns}
             check_agreement(digests, self._group)
 
-    def _thetas(self) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
-        """The layers that move, with θ of each, one at a time, while the reservoir of the next one is on its way."""
-        layers = list(self._moving().items())
-        coming = None
-        for (name, layer), following in zip(layers, [*layers[1:], None]):
-            arriving = coming or Arriving(layer.reservoir, layer.values.device)
-            coming = following and Arriving(following[1].reservoir, following[1].values.device)
-            theta = layer.theta(arriving.here())
-            del arriving  # its layer is about to get another one
-            yield name, layer, theta
-
     def _moving(self) -> dict[str, TopKastLayer]:
         """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
     def _present(self, step: int, layer: TopKastLayer | Moment, gradients: Any = None) -> Present:
-        masks = layer.pattern.active_mask(), layer.pattern.backward_mask()
+        masks = cache(layer.pattern.active_mask), cache(layer.pattern.backward_mask)  # made for those who ask
         return Present(step, *masks, self.timetable.drop(step), gradients)
-
-    def _check_reservoirs(self):
-        """Whether the layers store outside B what the method gives new weights."""
-        for name, layer in self.layers.items():
-            if (layer.reservoir_device != NOWHERE) != self._plan.method.keeps_values:
-                kept = "keeps" if layer.reservoir_device != NOWHERE else "does not keep"
-                raise ValueError(
-                    f"Layer '{name}' was made sparse by a method that {kept} the weights outside B, which does not go "
-                    f"with method={self.config.method!r}. Densify the model and sparsify it anew with that method."
-                )
 
     def _choose_ahead(self, step: int):
         """Has a thread choose the sets of the refresh at `step` from the present weights."""
-        self._check_numbers()
+        check_numbers(self.layers, self.optimizer, self._group)
         functions = partial(self._sizes, step), partial(self._present, step)
         self._choice = choose_ahead(self._key(step), self._moving(), self._plan, *functions)
 
     def _take_choice(self, step: int) -> dict[str, Tensor] | None:
         """What was chosen ahead for this step under these settings, once."""
         choice, self._choice = self._choice, None
-        if choice is None or choice.key != self._key(step):
-            return None
-        sets, problem = None, None
-        try:
-            sets = dict(choice.sets())
-        except RuntimeError as error:
-            problem = error
-        raise_together(problem, self._group)
-        return sets
+        return None if choice is None else choice.taken(self._key(step), self._group)
 
     def _key(self, step: int) -> list:
-        """All that the sets of a step depend on beside the weights, as JSON types."""
-        settings = {name: getattr(self.config, name) for name in CHOOSING_SETTINGS}
-        settings["layers"] = list(self._moving())
-        return [
-            step,
-            self._left(step),
-            self.timetable.explores(step),
-            json.dumps(settings),
-        ]  # of overrides the order counts
+        explores = self.timetable.explores(step)
+        return choice_key(self.config, list(self._moving()), step, self._left(step), explores)
 
     def _left(self, step: int) -> float:
         return 0.0 if self._arrived else self.timetable.way_left(step)
@@ -320,22 +265,3 @@ class Refresher:
 
     def _stored(self) -> list[int]:
         return [layer.values.numel() for layer in self.layers.values()]
-
-    def _check_numbers(self):
-        """All layers before the first one changes; what is outside B cannot have changed."""
-        problem = None
-        try:
-            for name, layer in self.layers.items():
-                check_finite(local(layer.values), name)
-                check_state(self.optimizer, name, layer.values)
-        except ValueError as error:
-            problem = error
-        raise_together(problem, self._group)
-
-    def _reassign(self, name: str, active: Tensor, backward: Tensor, theta: Tensor) -> Tensor:
-        """Gives a layer other sets, and the optimizer's state to its weights; returns where each slot comes from."""
-        layer = self.layers[name]
-        former = layer.values.numel()
-        sources = layer.reassign(active, backward, theta)
-        carry_state(self.optimizer, layer.values, sources, former, self.config.new_state, self.config.lr_scale)
-        return sources

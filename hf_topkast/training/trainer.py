@@ -6,13 +6,14 @@ import pickle
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..checkpoints import (
@@ -24,19 +25,27 @@ from ..checkpoints import (
     last_whole_checkpoint,
     load_checkpoint,
 )
+from ..config import TopKastConfig
 from ..sets import get_method
 from ..storage import local, raise_together
-from ..surgery import count_sparsity, sparse_info, sparse_layers
+from ..surgery import count_sparsity, keep_buffers_from_ddp, sparse_info, sparse_layers
 from .callback import AHEAD_NAME, TopKastCallback, saved_schedule
 from .controller import TopKastController
 from .engines import DEEPSPEED, FSDP1
+from .layer_logger import TopKastLayerLogger
 from .optimizers import load_whole_state, unwrap_optimizer, whole_state
 
 
 logger = logging.get_logger(__name__)
 
 
-class TopKastTrainerMixin:
+if TYPE_CHECKING:
+    from transformers import Trainer as MixedInto
+else:
+    MixedInto = object
+
+
+class TopKastTrainerMixin(MixedInto):
     """
     Makes any `transformers.Trainer` subclass train sparse models: `class MyTrainer(TopKastTrainerMixin, SFTTrainer)`.
 
@@ -44,7 +53,7 @@ class TopKastTrainerMixin:
     every logger, and resumes bit by bit. Everything else, the arguments included, is the base trainer's.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         sparse_info(self.model)
         self._settle_engine()
@@ -67,7 +76,7 @@ class TopKastTrainerMixin:
         """The controller of the running or last training."""
         return self._topkast_callback and self._topkast_callback.controller
 
-    def _settle_engine(self):
+    def _settle_engine(self) -> None:
         """What the engine that spreads the training over processes has to know; refuses those that cannot do it."""
         if self.is_deepspeed_enabled:
             raise ValueError(DEEPSPEED)
@@ -108,7 +117,7 @@ class TopKastTrainerMixin:
         sparse = {f"{name}.values" for name, _ in sparse_layers(model)}
         return [name for name in super().get_decay_parameter_names(model) if name not in sparse]
 
-    def log(self, logs: dict[str, float], *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """
         Logs with the `topkast/` metrics beside each training loss. Loggers get the seconds of a refresh too; the
         history, which is part of a checkpoint, does not, so that two runs of one seed have equal states.
@@ -118,7 +127,7 @@ class TopKastTrainerMixin:
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1].pop("topkast/refresh_seconds", None)
 
-    def create_model_card(self, *args, **kwargs):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the base trainer's, with the densities of every layer at the end."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -130,7 +139,7 @@ class TopKastTrainerMixin:
                     f"table is dense.\n\n{counts.to_markdown()}\n"
                 )
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the base trainer's; `resume_from_checkpoint=True` passes over checkpoints that were left half-written."""
         if self._topkast_callback is None:
             raise ValueError(
@@ -141,9 +150,12 @@ class TopKastTrainerMixin:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TopKastLayerLogger):
+                callback.loggers = self.callback_handler.callbacks
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         directory = os.path.join(self._get_output_dir(trial=trial), folder)
         try:
@@ -163,14 +175,14 @@ class TopKastTrainerMixin:
                 f"{directory} is not written: {error} {go_on if good else 'It was the first one: start anew.'}"
             ) from error
 
-    def _save_rng_state(self, output_dir):
+    def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The last thing before trainer_state.json, which says that all the rest is there.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             flush_tree(output_dir)
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         """Whether the weights deserve a checkpoint, for which an older one may be deleted."""
         broken = [
             name
@@ -185,17 +197,20 @@ class TopKastTrainerMixin:
             )
         raise_together(problem)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | bool | None
+    ) -> Any:
         if resume_from_checkpoint is not None and self._whole_checkpoints and self.model is self.model_wrapped:
             self._load_from_checkpoint(resume_from_checkpoint)  # before FSDP2 fixes the sizes of its shards
         if self.is_fsdp_enabled and self.model is self.model_wrapped:
             for _, layer in sparse_layers(self.model):
                 layer.offer_columns()
+        keep_buffers_from_ddp(self.model)  # as it will be wrapped: adapters have come around it or into it
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._topkast_callback.wrapped = self.model_wrapped
         return prepared
 
-    def _save_optimizer_and_scheduler(self, output_dir):
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         ahead = self.topkast_controller.state_dict().get("ahead")
         if self.args.should_save and ahead is not None:
             torch.save(ahead, os.path.join(output_dir, AHEAD_NAME))
@@ -207,7 +222,7 @@ class TopKastTrainerMixin:
             torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # auto_find_batch_size starts the loop again after running out of memory, with the weights of that moment.
         if self.args.auto_find_batch_size and sparse_info(self.model).step != resumable_step(checkpoint):
             self._load_from_checkpoint(checkpoint)
@@ -221,7 +236,7 @@ class TopKastTrainerMixin:
         load_whole_state(unwrap_optimizer(self.optimizer), state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._saved_by_us:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -234,7 +249,7 @@ class TopKastTrainerMixin:
             )
         _warn_of_other_settings(sparse_info(self.model).config, state)
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         if self._saved_by_us:
             load_checkpoint(self.model, self.state.best_model_checkpoint)
         else:
@@ -243,7 +258,7 @@ class TopKastTrainerMixin:
         for _, layer in sparse_layers(self.model):
             unwrap_optimizer(self.optimizer).state.pop(layer.values, None)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The base class uploads the output directory, after copying the files it knows into it.
         for name in OUR_FILES:
             source = os.path.join(checkpoint_folder, name)
@@ -265,7 +280,7 @@ class TopKastTrainer(TopKastTrainerMixin, Trainer):
     """
 
 
-def resumable_step(directory: str | os.PathLike) -> int:
+def resumable_step(directory: str | os.PathLike[str]) -> int:
     """
     The optimizer step at which a checkpoint's training stopped.
 
@@ -285,14 +300,14 @@ def resumable_step(directory: str | os.PathLike) -> int:
     return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
 
 
-def _read_ahead(path: str) -> dict:
+def _read_ahead(path: str) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True)
     except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
 
 
-def _warn_of_other_settings(config, state: SparseState):
+def _warn_of_other_settings(config: TopKastConfig, state: SparseState) -> None:
     for name in (spec.name for spec in fields(config)):
         now, then = getattr(config, name), getattr(state.config, name)
         if now != then:

@@ -1,8 +1,6 @@
 """That every benchmark runs, on tiny sizes, and writes what it promises. What it measures is not looked at."""
 
 import argparse
-import ast
-import itertools
 import json
 import math
 import sys
@@ -14,6 +12,7 @@ import torch
 from benchmarks import (
     fine_tuning,
     generate,
+    inspect_files,
     kernels,
     largest,
     measure,
@@ -25,7 +24,6 @@ from benchmarks import (
     training,
 )
 from hf_topkast.native import extension
-from hf_topkast.ops import costs
 
 
 pytestmark = pytest.mark.usefixtures("threads")  # benchmarks set their number
@@ -35,6 +33,7 @@ RUNS = {
     largest: ["--width", "16", "--vocabulary", "16", "--context", "8", "--batch", "1", "--mib", "1"],
     memory: [*TINY, "--context", "8"],
     peers: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--peers", "hf_topkast", "torch.sparse"],
+    inspect_files: ["--gigabytes", "0.001", "--rounds", "1"],
     scaling: ["--plan"],  # the measurement starts many processes
     generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
     refresh: ["--shapes", "8x16", "--rounds", "1", "--block-size", "4", "1"],
@@ -85,31 +84,6 @@ def test_models_have_the_sizes_of_their_names(name, size):
     with torch.device("meta"):
         model = measure.make_gpt2(shape["layers"], shape["width"], shape["context"], shape["vocabulary"])
     assert model.num_parameters() == pytest.approx(size, rel=0.01)
-
-
-def test_crossover_lies_where_the_ratios_pass_one():
-    crossover = pytest.importorskip("benchmarks.crossover", exc_type=ImportError)
-    grid = crossover.DENSITIES
-    assert crossover.crossover(lambda density: 2.0) == 1
-    assert crossover.crossover(lambda density: 0.9) == 0
-    for low, high in itertools.pairwise(grid):
-        ratios = {density: 1.5 if density <= low else 0.5 for density in grid}
-        assert crossover.crossover(ratios.__getitem__) == pytest.approx((low + high) / 2)
-
-
-def test_crossovers_are_written_and_then_used(tmp_path, monkeypatch, capsys):
-    crossover = pytest.importorskip("benchmarks.crossover", exc_type=ImportError)
-    path = tmp_path / "cache" / "hf_topkast" / "crossover.json"
-    monkeypatch.setattr(crossover.measured, "PATH", path)
-    options = ["--shapes", "8x16", "16x8", "--rounds", "1", "--threads", "1", "--write"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *options, "--json", str(tmp_path / "out.json")])
-    crossover.main()
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert path.read_text() == (tmp_path / "out.json").read_text()
-    table = costs.choose(costs.KIND, crossover.cpu.isa, path)
-    assert str(path) in table.origin and "1 threads" in table.origin
-    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    assert ast.literal_eval("{" + "".join(printed) + "}") == {costs.KIND: table.crossovers}  # as in crossovers.py
 
 
 def test_fine_tuning_of_a_byte_model(tmp_path, monkeypatch, capsys):

@@ -236,7 +236,7 @@ def test_a_thread_that_saves_beside_training_writes_whole_checkpoints(tmp_path):
     while len(saved) < 4:
         time.sleep(0.05)
         for layer in layers:
-            scores = torch.rand(layer.shape, generator=generator).flatten().argsort().view(layer.shape)
+            scores = torch.rand(layer.matrix_shape, generator=generator).flatten().argsort().view(layer.matrix_shape)
             layer.reassign(scores < layer.numel // 5, scores < layer.numel // 2)
     done.set()
     for thread in threads:

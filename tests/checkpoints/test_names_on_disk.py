@@ -6,7 +6,7 @@ from toy_models import make_llama
 from transformers import AutoModel
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from hf_topkast import CheckpointError, sparsify
+from hf_topkast import CheckpointError, densify, export_sparse, sparsify
 from hf_topkast.checkpoints import load_checkpoint, names_on_disk
 from hf_topkast.checkpoints.names_on_disk import to_model_names
 
@@ -176,3 +176,26 @@ def test_experts_that_are_there_twice(tmp_path):
     whole = make_mixtral().state_dict()["model.layers.0.mlp.experts.down_proj"]
     match = "has the weights of 'model.layers.0.mlp.experts.down_proj' twice"
     check_refused(lambda weights: weights.update({"model.layers.0.mlp.experts.down_proj": whole}), match, tmp_path)
+
+
+@pytest.mark.parametrize("family", [family for family in KINDS[1:5] if family in FAMILIES])
+def test_a_model_with_sparse_experts(family, tmp_path):
+    def make(seed):
+        model = make_mixtral(seed) if family == "mixtral" else make_family(family, seed)
+        return sparsify(model, density=0.3)
+
+    model, other = make(0), make(1)
+    model.save_pretrained(tmp_path)
+    load_checkpoint(other, tmp_path)
+    assert same(other.state_dict(), model.state_dict())
+    export_sparse(model, tmp_path / "compact")
+    loaded = type(model).from_pretrained(tmp_path / "compact")
+    dense = densify(model).state_dict()
+    assert same(densify(loaded).state_dict(), dense)
+
+
+def test_sparse_experts_of_another_number_are_refused(tmp_path):
+    sparsify(make_mixtral(), density=0.3).save_pretrained(tmp_path)
+    other = sparsify(make_family("mixtral"), density=0.3)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.\S+ is \(11, .*there and \(4, .*here"):
+        load_checkpoint(other, tmp_path)

@@ -136,7 +136,7 @@ def test_a_file_that_does_not_count_is_said_and_not_used(tmp_path, monkeypatch, 
     assert costs.TABLE.crossovers is costs.CROSSOVERS["avx2"]
     assert costs.table_in_use() == "the built-in table for avx2"
     costs.sparse_is_faster("forward", torch.zeros(64, 80), pattern_of(0.25))
-    assert len(said) == 1 and str(path) in said[0] and "Delete" in said[0] and "--write" in said[0]
+    assert len(said) == 1 and str(path) in said[0] and "Delete" in said[0] and "hf-topkast calibrate" in said[0]
 
 
 @pytest.mark.parametrize("leading", [(64,), (2, 40)])

@@ -52,7 +52,7 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("field", ["cpu", "kind", "isa"])
 def test_a_file_of_another_machine_is_refused(write, field):
     path = write(contents() | {field: "another"})
-    with pytest.raises(ValueError, match=r"crossover.json was measured on.*another.*Delete.*--write"):
+    with pytest.raises(ValueError, match=r"crossover.json was measured on.*another.*Delete.*hf-topkast calibrate"):
         measured.read(path, *HERE)
 
 
@@ -79,7 +79,7 @@ def damaged():
 
 @pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in damaged()])
 def test_a_damaged_file_is_refused(write, content):
-    with pytest.raises(ValueError, match=r"crossover.json holds no table.*Delete.*--write"):
+    with pytest.raises(ValueError, match=r"crossover.json holds no table.*Delete.*hf-topkast calibrate"):
         measured.read(write(content), *HERE)
 
 

@@ -26,7 +26,7 @@ def make_layer(kind=TopKastLinear, bias=True, block_size=(1, 1), shape=(40, 24))
 
 def check(layer, x=None):
     """That the layer takes the short way, to the same bits as the long one."""
-    x = torch.randn(1, 1, layer.shape[1], dtype=layer.values.dtype) if x is None else x
+    x = torch.randn(1, 1, layer.matrix_shape[1], dtype=layer.values.dtype) if x is None else x
     with torch.no_grad():
         long = masked_linear(x, layer.values, layer.pattern, layer.bias, layer.backend)
         assert torch.equal(layer(x), long)
@@ -66,7 +66,7 @@ def test_other_sets_of_the_same_and_of_other_sizes():
     check(layer)
     theta = layer.theta()
     for share in (0.5, 0.02, 0.5, 1.0):
-        mask = torch.rand(layer.shape) < share
+        mask = torch.rand(layer.matrix_shape) < share
         layer.reassign(mask, mask, theta)
         check(layer)
 
@@ -74,7 +74,7 @@ def test_other_sets_of_the_same_and_of_other_sizes():
 def test_a_state_of_other_sizes():
     layer, other = make_layer(), make_layer()
     check(layer)
-    mask = torch.rand(layer.shape) < 0.7
+    mask = torch.rand(layer.matrix_shape) < 0.7
     other.reassign(mask, mask)
     layer.load_state_dict(other.state_dict())
     check(layer)

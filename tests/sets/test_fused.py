@@ -1,11 +1,13 @@
 import pytest
+import tiny_families
 import torch
 from torch import nn
 from toy_models import make_gpt2, make_llama
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_topkast import sparsify
-from hf_topkast.sets.fused import find_parts
+from hf_topkast.layers import layer_named
+from hf_topkast.sets.fused import expert_parts, find_parts
 from hf_topkast.surgery import sparse_layers
 
 
@@ -128,3 +130,46 @@ def test_unknown_layouts_are_refused_by_name():
     config = AutoConfig.for_model("codegen", n_embd=32, n_layer=1, n_head=4, vocab_size=48, rotary_dim=4)
     refuse(AutoModelForCausalLM.from_config(config), "'transformer.h.0.attn.qkv_proj' with 96")
     refuse(nn.Sequential(nn.Linear(4, 12)), "'query_key_value' with 12", {"query_key_value": (12, 4)})
+
+
+def test_every_expert_is_a_part():
+    assert expert_parts(3, 4, None) == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    halves = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert expert_parts(2, 4, "halves") == halves
+    turns = [part.tolist() for part in expert_parts(2, 6, "interleaved")]
+    assert turns == [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "parts"),
+    [
+        ("mixtral", "mlp.experts.gate_up_proj", 2),
+        ("mixtral", "mlp.experts.down_proj", 1),
+        ("gpt_oss", "mlp.experts.gate_up_proj", 2),
+        ("jetmoe", "mlp.input_linear.weight", 2),
+        ("jetmoe", "self_attention.experts.input_linear.weight", 1),
+        ("llama4_text", "feed_forward.experts.gate_up_proj", 2),
+    ],
+)
+def test_experts_are_parts_and_halves_of_them_if_they_are_split(family, key, parts):
+    name = f"model.layers.1.{key}"
+    for split in (False, True):
+        for model in (tiny_families.make_family(family), sparsify(tiny_families.make_family(family), density=0.3)):
+            layer = layer_named(model, name)
+            found = find_parts(model, {name: layer.matrix_shape}, split) if parts > 1 or not split else None
+            if found is None:
+                refuse(model, "has no fused projection", {name: layer.matrix_shape})
+                continue
+            assert len(found[name]) == layer.experts * (parts if split else 1)
+            rows = torch.cat([torch.arange(layer.matrix_shape[0])[part] for part in found[name]])
+            assert torch.equal(rows.sort().values, torch.arange(layer.matrix_shape[0]))
+            assert {len(torch.arange(layer.matrix_shape[0])[part]) for part in found[name]} == {
+                layer.out_features // (parts if split else 1)
+            }
+
+
+def test_blocks_over_gate_and_up_in_turn_are_refused():
+    model = tiny_families.make_family("gpt_oss")
+    with pytest.raises(ValueError, match=r"a block of 2 rows of layer 'model\.layers\.0\.mlp\.experts\.gate_up_proj'"):
+        sparsify(model, density=0.3, split_fused=True, block_size=[2, 2])
+    sparsify(model, density=0.3, split_fused=True, block_size=[1, 2])

@@ -59,6 +59,20 @@ def test_many_scores(dtype, by_row):
         assert_as_sorted(torch.zeros_like(scores), (scores.numel() // 2,), by_row, True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_that_mislead(dtype):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1000, 1000, generator=generator)
+    flat, odd = scores.view(-1), scores.clone()
+    odd.view(-1)[::17] = 9.0  # all that is looked at
+    sorted_, few = flat.sort().values.view_as(scores), (flat * 3).round().view_as(scores)
+    zeros = torch.where(torch.rand(scores.shape, generator=generator) < 0.9, 0.0, scores)
+    for numbers in (scores, odd, 100 + scores / 1000, sorted_, few, zeros):
+        numbers = numbers.to(dtype)
+        for counts in ((100_000, 200_000), (1, 999_999), (59_000, 95_000), (500_000,)):
+            assert_as_sorted(numbers, counts, False, True)
+
+
 @pytest.mark.parametrize("magnitudes", [False, True])
 def test_zeros_tie_whatever_their_sign_and_extremes_are_in_order(magnitudes):
     tiny, huge = 1e-45, torch.finfo(torch.float32).max

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_topkast.sets import selection
 from hf_topkast.sets.selection import block_norms, check_finite, set_size, spread_mask, top_mask
 
 
@@ -76,3 +77,17 @@ def test_block_norms(block_size, dtype):
     for row, parts in enumerate(theta.split(block_size[0], 0)):
         for column, block in enumerate(parts.split(block_size[1], 1)):
             torch.testing.assert_close(norms[row, column], block.double().norm().float())
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 2**16])
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 1), (1, 3), (16, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_block_norms_in_pieces_are_those_at_once(block_size, dtype, at_once, monkeypatch):
+    theta = torch.randn(80, 18, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole, pieces, norms_of = block_norms(theta, block_size), [], selection._norms_at_once
+    monkeypatch.setattr(selection, "NORMS_AT_ONCE", at_once)
+    monkeypatch.setattr(selection, "_norms_at_once", lambda part, size: pieces.append(part) or norms_of(part, size))
+    assert torch.equal(block_norms(theta, block_size), whole)
+    assert torch.equal(torch.cat(pieces), theta)
+    assert all(part.numel() <= at_once or len(part) == block_size[0] for part in pieces)
+    assert len(pieces) > 1 or at_once > theta.numel()

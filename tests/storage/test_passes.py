@@ -10,6 +10,7 @@ from hf_topkast.storage import passes
 from hf_topkast.storage import pattern as patterns
 from hf_topkast.storage.distributed import carry, moved, set_digest
 from hf_topkast.storage.pattern import Pattern
+from hf_topkast.storage.rearrangement import rearrange
 from hf_topkast.storage.reservoir import assemble_theta, outside
 
 
@@ -83,8 +84,12 @@ def test_weights_come_apart_and_together(shape, block_size, shares, seed, dtype)
 def test_slots_and_what_moves_with_them(shape, block_size, shares, seed, other, dtype):
     old = Pattern.from_masks(*masks(shape, block_size, shares, seed), block_size)
     new = Pattern.from_masks(*masks(shape, block_size, shares[::-1], other), block_size)
-    sources, want = by_both(patterns.slot_sources, old, new)
-    assert_same(sources, want)
+    theta = torch.randn(new.shape).to(dtype)
+    rest = new.backward_mask()
+    for keeps_rest in (True, False):
+        for got, want in zip(*by_both(rearrange, theta, rest, old, new, keeps_rest), strict=True):
+            assert_same(got, want)
+    sources = patterns.slot_sources(old, new)
     if old.stored:
         numbers = torch.randn(old.stored).to(dtype)
         for fresh in (torch.tensor(0.5, dtype=dtype), torch.randn(new.stored).to(dtype)):
@@ -126,12 +131,15 @@ def test_under_another_default_device():
 def test_a_reservoir_is_written_where_it_rests():
     theta = torch.randn(20, 30)
     mask = theta > 0
-    rest = torch.empty(int((~mask).sum()))
-    assert outside(theta, mask, rest) is rest
+    pattern = Pattern.from_masks(mask, mask)
+    values, rest = torch.empty(int(mask.sum())), torch.empty(int((~mask).sum()))
+    _, got, resting = rearrange(theta, mask, pattern, pattern, True, (values, rest))
+    assert got is values and resting is rest
+    assert_same(values, theta[mask])
     assert_same(rest, theta[~mask])
     for other in (rest[1:], rest.bfloat16(), rest.repeat_interleave(2)[::2]):
         before = other.clone()
-        assert_same(outside(theta, mask, other), rest)
+        assert_same(rearrange(theta, mask, pattern, pattern, True, (values, other))[2], rest)
         assert torch.equal(other, before)
 
 

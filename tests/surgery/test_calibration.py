@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from tiny_families import VOCABULARY, make_family
 from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, sparsify
+from hf_topkast.layers import expert_stacks
 from hf_topkast.surgery import sparse_layers
 from hf_topkast.surgery.calibration import input_norms
 
@@ -157,3 +159,101 @@ def test_inputs_that_are_no_numbers_are_named():
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
     with pytest.raises(ValueError, match="inputs of layer '0' are NaN or infinite.*2 such layers"):
         sparsify(model, density=0.5, target_modules="all-linear", calibration=torch.full((3, 4), float("inf")))
+
+
+EXPERT_TOKENS = [torch.randint(2, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+def stacks_of(model):
+    return {name: stack for name, stack in expert_stacks(model).items() if "shared" not in name}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jetmoe", "longcat_flash", "llama4_text"])
+def test_norms_of_experts_are_those_of_the_tokens_that_came_to_them(family):
+    model = make_family(family).double()
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:  # what each matrix is multiplied by, in the family's own forward
+        for name, stack in stacks_of(model).items():
+            for expert in range(stack.experts):
+                seen[name, expert] = []
+        if family == "llama4_text":
+            record_batched(patch, model, seen)
+        else:
+            model.config._experts_implementation = "eager"
+            record_one_by_one(patch, model, seen)
+        for tokens in EXPERT_TOKENS:
+            with torch.no_grad():
+                model(tokens)
+    parameters = [name for name, _ in model.named_parameters()]
+    norms = input_norms(model, stacks_of(model), iter(EXPERT_TOKENS))
+    assert [name for name, _ in model.named_parameters()] == parameters
+    for name, stack in stacks_of(model).items():
+        for expert in range(stack.experts - stack.unused):
+            rows = torch.cat(seen[name, expert])
+            rows = rows[rows.any(1)]
+            torch.testing.assert_close(norms[name][expert], rows.square().mean(0).sqrt())
+        assert bool((norms[name][stack.experts - stack.unused :] == 1).all())
+
+
+def record_one_by_one(patch, model, seen):
+    """Notes inputs of products by `weight[expert]`."""
+    places = {}
+    for name, stack in stacks_of(model).items():
+        for expert in range(stack.experts):
+            places[stack.weight[expert].data_ptr()] = name, expert
+    linear, matmul = torch.nn.functional.linear, torch.Tensor.__matmul__
+
+    def note(x, weight):
+        if weight.data_ptr() in places:
+            seen[places[weight.data_ptr()]].append(x.detach())
+
+    def noted_linear(x, weight, bias=None):
+        note(x, weight)
+        return linear(x, weight, bias)
+
+    def noted_matmul(x, weight):
+        note(x, weight)
+        return matmul(x, weight)
+
+    patch.setattr(torch.nn.functional, "linear", noted_linear)
+    patch.setattr(torch.Tensor, "__matmul__", noted_matmul)
+
+
+def record_batched(patch, model, seen):
+    """Notes inputs of products of all experts at once."""
+    places = {stack.weight.data_ptr(): name for name, stack in stacks_of(model).items()}
+    bmm = torch.bmm
+
+    def noted(x, weight):
+        for expert, rows in enumerate(x if weight.data_ptr() in places else ()):
+            seen[places[weight.data_ptr()], expert].append(rows.detach())
+        return bmm(x, weight)
+
+    patch.setattr(torch, "bmm", noted)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_padding_does_not_count_for_experts(family):
+    tokens = EXPERT_TOKENS[0]
+    model = make_family(family).double()
+    padded = {
+        "input_ids": torch.cat([tokens, torch.ones_like(tokens)], 1),
+        "attention_mask": torch.cat([torch.ones_like(tokens), torch.zeros_like(tokens)], 1),
+    }
+    found, expected = (input_norms(model, stacks_of(model), batch) for batch in (padded, tokens))
+    for name, norm in expected.items():
+        torch.testing.assert_close(found[name], norm, rtol=1e-6, atol=1e-8)
+
+
+def test_an_expert_that_no_token_chooses_is_named_and_nothing_changes():
+    model = make_family("mixtral")
+    model.model.layers[1].mlp.gate.weight.data.zero_()  # equal scores: two experts get all tokens
+    before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_parameters()]
+    match = r"expert \d of 'model\.layers\.1\.mlp\.experts\.gate_up_proj' was chosen for no token of 3 batches"
+    with pytest.raises(ValueError, match=rf"calibration: {match} \(4 such experts\).*exclude_modules"):
+        sparsify(model, density=0.3, calibration=EXPERT_TOKENS)
+    after = model.state_dict()
+    assert names == [name for name, _ in model.named_parameters()] and not list(sparse_layers(model))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+    sparsify(model, density=0.3, calibration=EXPERT_TOKENS, exclude_modules=r".*\.1\.mlp\.experts")

@@ -59,19 +59,54 @@ def test_sparse_layers_are_no_targets():
 
 
 @pytest.mark.parametrize("rule", [None, "all-linear"])
-def test_experts_in_one_parameter_are_refused_by_name(rule):
-    model = make_family("mixtral")
-    match = r"'model\.layers\..*experts.*_proj' \(4, .*exclude_modules=\['experts'\]"
-    with pytest.raises(ValueError, match=match):
-        sparsify(model, density=0.2, target_modules=rule)
-    assert not list(sparse_layers(model))
-    sparsify(model, density=0.2, target_modules=rule, exclude_modules=["experts"])
-    assert len(list(sparse_layers(model))) == 8
+def test_experts_are_targets(rule):
+    names = [name for name, _ in sparse_layers(sparsify(make_family("mixtral"), density=0.2, target_modules=rule))]
+    assert len(names) == 12
+    assert [name.split(".", 3)[-1] for name in names[4:6]] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    kept = sparsify(make_family("mixtral"), density=0.2, target_modules=rule, exclude_modules=["experts"])
+    assert len(list(sparse_layers(kept))) == 8
 
 
 def test_named_targets_need_no_exclusion():
-    model = sparsify(make_family("mixtral"), density=0.2, target_modules=["q_proj"])
-    assert len(list(sparse_layers(model))) == 2
+    model = sparsify(make_family("recurrent_gemma"), density=0.2, target_modules=["q_proj"])
+    assert len(list(sparse_layers(model))) == 1
+
+
+@pytest.mark.parametrize(
+    "rule, leaves",
+    [
+        (["experts"], {"gate_up_proj", "down_proj"}),
+        (["experts.down_proj"], {"down_proj"}),
+        (["gate_up_proj"], {"gate_up_proj"}),
+        (r".*experts", {"gate_up_proj", "down_proj"}),
+        (r".*\.1\.mlp\.experts\.down_proj", {"down_proj"}),
+    ],
+)
+def test_experts_are_named_by_their_parameter_or_their_module(rule, leaves):
+    names = [name for name, _ in sparse_layers(sparsify(make_family("mixtral"), density=0.2, target_modules=rule))]
+    assert {name.rpartition(".")[2] for name in names} == leaves
+    rest = sparsify(make_family("mixtral"), density=0.2, exclude_modules=rule)
+    assert not {name for name, _ in sparse_layers(rest)} & set(names)
+
+
+@pytest.mark.parametrize(
+    "family, match",
+    [
+        ("recurrent_gemma", r"rg_lru\.recurrent_gate_weight' \(4, .*exclude_modules=\['rg_lru'\]"),
+        ("xlnet", r"exclude_modules=\['rel_attn'\]"),
+    ],
+)
+def test_other_stacks_are_refused_by_name(family, match):
+    model = make_family(family)
+    with pytest.raises(ValueError, match=match):
+        sparsify(model, density=0.2)
+    assert not list(sparse_layers(model))
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_moe", "jetmoe", "longcat_flash", "zaya"])
+def test_all_of_a_router_stays_dense(family):
+    names = [name for name, _ in sparse_layers(sparsify(make_family(family), density=0.2))]
+    assert names and not [name for name in names if {"gate", "router"} & set(name.split("."))]
 
 
 def test_convolutions_and_small_vectors_are_no_experts():

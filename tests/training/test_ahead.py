@@ -20,13 +20,13 @@ def model(request):
 def start(model, choose=None):
     """Starts a choice with the model's own settings, and says what it has to find."""
     layers = dict(sparse_layers(model))
-    plan = SetPlan(model, {name: layer.shape for name, layer in layers.items()}, sparse_info(model).config)
+    plan = SetPlan(model, {name: layer.matrix_shape for name, layer in layers.items()}, sparse_info(model).config)
     sizes = plan.sizes(0.0, True, lambda name: layers[name].theta())
     expected = {name: plan.choose(name, layer.theta(), sizes[name]) for name, layer in layers.items()}
     plan.choose = choose or plan.choose
 
     def present(moment):
-        return Present(1, moment.pattern.active_mask(), moment.pattern.backward_mask())
+        return Present(1, moment.pattern.active_mask, moment.pattern.backward_mask)
 
     return choose_ahead(["key"], layers, plan, lambda moments: sizes, present), layers, expected
 
@@ -116,7 +116,7 @@ def test_an_error_in_the_thread_keeps_no_weights(broken):
     with pytest.raises(RuntimeError, match="no such number"):
         controller.state_dict()
     assert controller.state_dict(ahead=False)["ahead"] is True
-    shapes = {layer.shape for _, layer in sparse_layers(broken[0])}
+    shapes = {layer.matrix_shape for _, layer in sparse_layers(broken[0])}
     gc.collect()
     alive = [held for held in gc.get_objects() if type(held) is torch.Tensor and tuple(held.shape) in shapes]
     assert not [held for held in alive if held.is_floating_point()]

@@ -100,11 +100,34 @@ def test_whatever_the_sets_are(config):
     )
 
 
+@pytest.mark.parametrize("weights", [None, (1, 2, 0.5), (2.0, -0.5, 0.25)], ids=str)
+def test_norms_of_inputs_are_averaged_by_their_squares(make_model, weights):
+    models = [trained(make_model, seed, calibration=token_batches(2, seed=seed + 5)) for seed in range(3)]
+    average = average_models(models, weights)
+    parts = torch.tensor(weights or (1.0, 1.0, 1.0)).abs()
+    check_average(average, models, weights or (1, 1, 1))
+    for index, (_, layer) in enumerate(sparse_layers(average)):
+        norms = torch.stack([list(sparse_layers(model))[index][1].input_norms for model in models])
+        expected = (parts @ norms.square() / parts.sum()).sqrt()
+        torch.testing.assert_close(layer.input_norms, expected)
+        assert not torch.equal(layer.input_norms, norms[0])
+        scores = layer.theta().abs() * layer.input_norms
+        for row, active in zip(scores, layer.pattern.active_mask()):  # they rank with the new norms
+            assert row[active].min() >= row[~active].max()
+
+
+def test_norms_that_only_some_models_have_are_refused():
+    models = [sparsify(make_gpt2(), density=0.2, calibration=token_batches(1)), sparsify(make_gpt2(), density=0.2)]
+    for pair, message in ((models, "missing in it and there"), (models[::-1], "there in it and missing")):
+        with pytest.raises(ValueError, match=rf"model 1 .*c_attn.input_norms' is {message}.*score"):
+            average_models(pair)
+
+
 def test_parts_keep_their_sizes():
     models = [trained(make_gpt2, seed, split_fused=True) for seed in range(2)]
     average = average_models(models)
     for mine, first in zip(*(dict(sparse_layers(model)).values() for model in (average, models[0]))):
-        if mine.shape == (72, 24):  # c_attn: query, key and value
+        if mine.matrix_shape == (72, 24):  # c_attn: query, key and value
             masks = [layer.pattern.active_mask().view(3, -1).sum(1) for layer in (mine, first)]
             assert torch.equal(*masks)
 

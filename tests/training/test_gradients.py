@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import make_family
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from toy_models import loss_of, make_gpt2, token_batches
 from hf_topkast import TopKastController, sparsify
 from hf_topkast.layers import TopKastLinear
 from hf_topkast.ops import BACKENDS
-from hf_topkast.sets import selection
+from hf_topkast.sets import SetPlan, selection
 from hf_topkast.surgery import sparse_layers
 from hf_topkast.training import gradients
 from hf_topkast.training.gradients import GradientWatch, PartGradients
@@ -176,6 +177,31 @@ def test_gradients_of_half_precision_are_summed_in_single():
     assert watch.rows(slice(None)).tolist() == [[257.0, 257.0]]
     part = PartGradients(layer, watch, slice(None))
     assert watch.at(part._layer.pattern).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize("share", [0.2, 0.9])  # both ways
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 2)])
+def test_experts_by_themselves(family, share, block_size):
+    if family == "gpt_oss":  # gate and up in turn
+        block_size = 1, block_size[1]
+    model = sparsify(make_family(family).double(), density=1.0, block_size=list(block_size), split_fused=True)
+    name, layer = next((n, layer) for n, layer in sparse_layers(model) if hasattr(layer, "experts"))
+    watch = layer.gradient_watch = GradientWatch(layer)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        loss_of(model, torch.randint(2, 48, (2, 9), generator=generator)).backward()
+    norms = layer.values.grad.new_zeros(layer.numel)
+    norms[layer.pattern.flat_index()] = layer.values.grad
+    norms = norms.view(layer.matrix_shape).unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
+    norms = norms.square().sum((1, 3)).sqrt()
+    config = model.topkast.config
+    for rows in SetPlan(model, {name: layer.matrix_shape}, config).parts[name]:
+        part = PartGradients(layer, watch, rows)
+        among = torch.rand(norms[rows].shape, generator=generator) < share
+        assert part.seen()
+        assert torch.equal(part.largest(20, among), first_largest(norms[rows], 20, among))
+        torch.testing.assert_close(part.of_active(), norms[rows], check_dtype=False, rtol=1e-6, atol=1e-7)
 
 
 class Living(TorchDispatchMode):

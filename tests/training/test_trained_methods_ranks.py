@@ -15,17 +15,42 @@ EXCHANGE = {"set": {}, "rigl": {}, "gse": {}, "mest": {"drop_share": 0.4}, "smet
 OTHERS = {"topkast_random": {}, "static": {}, "static_random": {}, "magnitude_pruning": SCHEDULE, "dpf": SCHEDULE}
 
 
-def alone(config):
-    """What one process has after a training on all of the batches."""
-    model = sparsify(make_gpt2(dtype=torch.float64), **config)
+SCORED = {
+    "by row": {"score": "activation", "compare": "row"},
+    "by layer": {"score": "activation", "compare": "layer", "exploration_lr_scale": 0.3},
+    "dpf": {"method": "dpf", "score": "activation", **SCHEDULE},
+}
+
+
+def alone(config, micro_batches):
+    """What one process has after a training on all of the batches, without steps that were given up."""
+    calibration = token_batches(2, seed=5) if config.get("score") == "activation" else None
+    model = sparsify(make_gpt2(dtype=torch.float64), **config, calibration=calibration)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first = whole(model)
     TopKastController(model, optimizer, total_steps=8)
-    for tokens in token_batches(8):
-        loss_of(model, tokens[:2]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = token_batches(8 * micro_batches)
+    for number, tokens in enumerate(batches, start=1):
+        (loss_of(model, tokens[:2]) / micro_batches).backward()
+        if number % micro_batches == 0:
+            optimizer.step()
+            optimizer.zero_grad()
     return first, whole(model)
+
+
+def check_ranks(directory, engine, configs, **way):
+    """Whether two ranks have the same in the end, and what one process has; yields that, with the first state."""
+    launch("by_methods", directory=str(directory), configs=configs, sharded=engine == "fsdp", **way)
+    for name, config in configs.items():
+        one, two = (torch.load(directory / f"{name}-{rank}.pt") for rank in range(2))
+        first, expected = alone(config, way.get("micro_batches", 1))
+        assert one.keys() == two.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.equal(one[key], two[key]), (name, key)
+            torch.testing.assert_close(one[key], tensor, rtol=1e-10, atol=1e-10)
+            if key.endswith(".sets"):
+                assert torch.equal(one[key], tensor), (name, key)
+        yield name, first, expected
 
 
 @pytest.mark.parametrize(
@@ -38,14 +63,22 @@ def alone(config):
 )
 def test_two_ranks_train_as_one_process(engine, methods, tmp_path):
     configs = {method: {"method": method, **COMMON, **settings} for method, settings in methods.items()}
-    launch("by_methods", directory=str(tmp_path), configs=configs, sharded=engine == "fsdp")
-    for method, config in configs.items():
-        one, two = (torch.load(tmp_path / f"{method}-{rank}.pt") for rank in range(2))
-        first, expected = alone(config)
-        assert one.keys() == two.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(one[name], two[name]), (method, name)
-            torch.testing.assert_close(one[name], tensor, rtol=1e-10, atol=1e-10)
-            if name.endswith(".sets"):
-                assert torch.equal(one[name], tensor), (method, name)
-                assert torch.equal(tensor, first[name]) == method.startswith("static"), (method, name)
+    for method, first, last in check_ranks(tmp_path, engine, configs):
+        for name in (name for name in last if name.endswith(".sets")):
+            assert torch.equal(last[name], first[name]) == method.startswith("static"), (method, name)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_norms_of_inputs_are_those_of_the_data_of_all_ranks(engine, tmp_path):
+    configs = {name: {**COMMON, **settings} for name, settings in SCORED.items()}
+    for _, first, last in check_ranks(tmp_path, engine, configs, micro_batches=2):
+        names = [name for name in last if name.endswith(".input_norms")]
+        assert len(names) == 8
+        assert all(((last[name] - first[name]).abs() > 1e-4 * first[name]).any() for name in names)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_gradients_are_those_of_all_micro_batches_of_their_step(engine, tmp_path):
+    configs = {"rigl": {"method": "rigl", **COMMON, "drop_share": 0.5, "update_until": 8}}
+    for _, first, last in check_ranks(tmp_path, engine, configs, micro_batches=2, skips=True):
+        assert not any(torch.equal(last[name], first[name]) for name in last if name.endswith(".sets"))
