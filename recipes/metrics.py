@@ -76,17 +76,20 @@ class WordPerplexity(evaluate.Metric):
         return {"word_perplexity": math.exp(nats_per_word) if nats_per_word < 709 else math.inf}
 
 
-def token_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_nats(logits: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """
     Nats of each label, for `preprocess_logits_for_metrics`.
 
     Args:
-        logits (`torch.Tensor`): Shape (batch, window, vocabulary). Those at position i predict the label at i + 1.
+        logits (`torch.Tensor`): Shape (batch, window, vocabulary). Those at position i predict the label at i + 1. Or
+            a tuple with them in it: Trainer gives all outputs of a model that has more, such as a router's.
         labels (`torch.Tensor`): Shape (batch, window), not shifted; -100 is not counted.
 
     Returns:
         `torch.Tensor`: float32 of shape (batch, window), aligned with `labels`; 0 where nothing is predicted.
     """
+    if isinstance(logits, tuple):
+        logits = next(output for output in logits if torch.is_tensor(output) and output.ndim == 3)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return nats.view_as(labels).roll(1, dims=1)  # from where they are predicted to their labels; the last is 0

@@ -85,6 +85,11 @@ def test_every_folder_of_the_wheel_keeps_its_name():
     assert all(Path(inside).name == Path(outside).name for inside, outside in packages.items())
 
 
+def test_the_package_is_not_more_than_its_folder():
+    """In place, a folder mapped into it would have the repository searched for parts of it."""
+    assert str(ROOT) not in hf_topkast.__path__
+
+
 def test_what_is_exported_is_checked_for_annotations():
     parts = PROJECT["tool"]["mypy"]["overrides"]
     strict = next(part["module"] for part in parts if part.get("disallow_any_generics"))

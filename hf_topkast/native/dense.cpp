@@ -67,7 +67,7 @@ void gather(const Pattern& pattern, int64_t first, int64_t rows, const Array& de
         for (int64_t row = 0; row < rows; ++row) {
             int64_t line = (first + row) / pattern.height, inner = row % pattern.height;
             const auto* numbers = from + row * in;
-            for (int64_t half : {line, pattern.rows() + line})  // of A, and of B\A
+            for (int64_t half : {line, pattern.exploring(line)})  // of A, and of B\A
                 for_pieces(pattern, columns, width, half, inner, [&](int64_t column, int64_t slot) {
                     for (int64_t j = 0; j < width; ++j) to[slot + j] = numbers[column + j];
                 });

@@ -93,7 +93,7 @@ void grad_values_few(const Kernels& kernels, const Schedule& schedule, const Pat
             int64_t rows = std::min(CHUNK, out - first);
             kernels.load_tile(dy.at(first), dy.itemsize, out, tokens, rows, line, lines);
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t row : {first + r, out + first + r})  // of A, and of B\A
+                for (int64_t row : {first + r, pattern.exploring(first + r)})  // of A, and of B\A
                     kernel(inputs, pattern.columns, pattern.begin(row), pattern.end(row), lines + r * line, gradient);
         }
     }

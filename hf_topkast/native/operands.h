@@ -19,14 +19,27 @@ struct Array {
 };
 
 // `Pattern` of pattern.py: a CSR structure of blocks; its first `rows()` rows are those of A, the others those of B\A.
+// Or a part of one, some of its rows, where the arrays of the whole are: slots and columns are read and written there.
 struct Pattern {
     Array row_offsets, columns;
     int64_t out_features, in_features;
     int64_t height, width;  // of a block
+    int64_t apart = 0;      // of a part: how many rows after one of A the same one of B\A comes
 
     int64_t rows() const { return out_features / height; }
+    int64_t exploring(int64_t row) const { return row + (apart ? apart : rows()); }  // the row of B\A
     int64_t begin(int64_t row) const { return row_offsets.integer(row); }
     int64_t end(int64_t row) const { return row_offsets.integer(row + 1); }
+    int64_t active() const { return (begin(rows()) - begin(0)) * height * width; }  // values of A
+    int64_t stored() const {                                                        // and of B
+        return active() + (begin(exploring(rows())) - begin(exploring(0))) * height * width;
+    }
+
+    // The rows of weights from `first` on, as many as `count`; both are multiples of the blocks' height.
+    Pattern part(int64_t first, int64_t count) const {
+        Array offsets = {(uintptr_t)row_offsets.at(first / height), row_offsets.itemsize};
+        return {offsets, columns, count, in_features, height, width, exploring(0)};
+    }
     // Inlined always: compiled for several CPUs, and the linker would keep any one of them.
     __attribute__((always_inline)) bool unstructured() const { return height == 1 && width == 1; }
 };

@@ -1,26 +1,12 @@
 #include "panels.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
+
+#include "bfloat16.h"
 
 namespace hf_topkast {
 namespace {
-
-float float_of(float value) { return value; }
-float float_of(uint16_t bfloat16) {
-    uint32_t bits = uint32_t(bfloat16) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-uint16_t bfloat16_of(float value) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if (value != value) return uint16_t((bits | 0x400000) >> 16);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 template <class Visit>
 void with_columns(const Pattern& pattern, Visit visit) {
@@ -50,7 +36,8 @@ void for_runs(const Pattern& pattern, const Grid& grid, bool stored, const Colum
         int64_t inner = row % pattern.height, base = grid.segment(row, 0);
         int64_t stride = grid.segment(row, 1) - base;
         for (int64_t half = 0; half < halves; ++half) {
-            int64_t line = half * pattern.rows() + row / pattern.height;
+            int64_t line = row / pattern.height;
+            if (half) line = pattern.exploring(line);
             int64_t block = pattern.begin(line), end = pattern.end(line);
             while (block < end) {
                 if (width == 1) {

@@ -95,6 +95,8 @@ def test_token_nats_stand_at_their_labels():
     for row, column in [(0, 1), (0, 4), (1, 3), (1, 4)]:
         assert nats[row, column] == pytest.approx(surprise[row, column - 1, labels[row, column]].item(), rel=1e-5)
     assert nats[0, 0] == 0 and torch.all(nats[1, :3] == 0)
+    router = (torch.tensor(0.1), logits, (torch.randn(10, 4), torch.randn(10, 4)))  # its loss, and its logits
+    assert torch.equal(token_nats(router, labels), nats)
 
 
 def test_metrics_by_hand():
