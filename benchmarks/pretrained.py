@@ -14,7 +14,6 @@ but each window's first are predicted. Each run has a process of its own; its me
 """
 
 import argparse
-import copy
 import json
 import math
 import multiprocessing
@@ -103,7 +102,7 @@ def prepare(model: nn.Module, name: str, density: float, train: torch.Tensor, ar
     return sparsify(model, **settings)
 
 
-def make_trainer(model: nn.Module, teacher: nn.Module | None, name: str, lr: float, data: list, args, folder: str):
+def make_trainer(model: nn.Module, teacher: str | None, name: str, lr: float, data: list, args, folder: str):
     """The trainer of a run, with the same arguments for all."""
     arguments = TrainingArguments(
         folder,
@@ -146,7 +145,7 @@ def run(name: str, density: float, lr: float, at_the_cut: float | None, args: ar
     train = read_tokens(args.model, args.train, args.train_tokens)
     valid = read_tokens(args.model, args.valid, args.valid_tokens)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    teacher = copy.deepcopy(model).to(torch.bfloat16) if "distilled" in name.split(", ") else None
+    teacher = args.model if "distilled" in name.split(", ") else None
     begin = time.perf_counter()
     model = prepare(model, name, density, train, args)
     seconds = {"prepare": time.perf_counter() - begin}

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_topkast import ops
+from hf_topkast.ops import grouped
 
 
 NAME = "lazy"  # torch knows it, has nothing behind it, and runs its gradients in the caller's thread
@@ -74,7 +75,8 @@ class OtherDevice(TorchDispatchMode):
         kwargs, name = kwargs or {}, function._schema.name
         if name.startswith("hf_topkast::"):  # ours, of which each operation counts
             with self:
-                return getattr(ops, name.replace("hf_topkast::", "_"))._init_fn(*args, **kwargs)
+                own = name.replace("hf_topkast::", "_")
+                return getattr(grouped if hasattr(grouped, own) else ops, own)._init_fn(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         elsewhere = any(isinstance(tensor, Elsewhere) for tensor in tensors)
         strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim]

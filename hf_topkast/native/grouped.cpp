@@ -24,8 +24,6 @@ constexpr int64_t TOKENS_OF_PANELS = 16;
 // What a product on all threads takes longer than its share of one.
 constexpr double TOGETHER = 1.15;
 
-Array from(const Array& rows, int64_t index) { return {(uintptr_t)rows.at(index), rows.itemsize}; }
-
 void clear(const Array& array, int64_t first, int64_t last) {
     std::memset(array.at(first), 0, (last - first) * array.itemsize);
 }
@@ -114,14 +112,14 @@ std::vector<Rows> grouped_forward(const Kernels& kernels, int threads, const Exp
     std::vector<Job> others;
     for (const Job& job : found.jobs)
         if (job.tokens() <= DOT_TOKENS)
-            dots.push_back({job.pattern, bias_of(job), job.tokens(), from(x, job.rows.first * in),
-                            from(y, job.rows.first * out)});
+            dots.push_back({job.pattern, bias_of(job), job.tokens(), x.from(job.rows.first * in),
+                            y.from(job.rows.first * out)});
         else
             others.push_back(job);
     if (!dots.empty()) forward_dots(kernels, threads, values, dots);
     share_out(others, threads, [&](const Job& job, int threads) {
-        any_forward(kernels, threads, job.pattern, values, bias_of(job), job.tokens(), from(x, job.rows.first * in),
-                    from(y, job.rows.first * out));
+        masked_forward(kernels, threads, job.pattern, values, bias_of(job), job.tokens(), x.from(job.rows.first * in),
+                    y.from(job.rows.first * out));
     });
     return found.dense;
 }
@@ -132,8 +130,8 @@ std::vector<Rows> grouped_grad_input(const Kernels& kernels, int threads, const 
     int64_t in = experts.pattern.in_features, out = experts.out_features();
     clear(dx, experts.ends[experts.experts - 1] * in, experts.rows * in);
     share_out(found.jobs, threads, [&](const Job& job, int threads) {
-        any_grad_input(kernels, threads, job.pattern, values, job.tokens(), from(dy, job.rows.first * out),
-                       from(dx, job.rows.first * in));
+        masked_grad_input(kernels, threads, job.pattern, values, job.tokens(), dy.from(job.rows.first * out),
+                       dx.from(job.rows.first * in));
     });
     return found.dense;
 }
@@ -150,8 +148,8 @@ std::vector<Rows> grouped_grad_values(const Kernels& kernels, int threads, const
             clear(gradient, pattern.begin(row) * block, pattern.begin(row + pattern.rows()) * block);
     }
     share_out(found.jobs, threads, [&](const Job& job, int threads) {
-        any_grad_values(kernels, threads, job.pattern, job.tokens(), from(dy, job.rows.first * out),
-                        from(x, job.rows.first * in), gradient);
+        masked_grad_values(kernels, threads, job.pattern, job.tokens(), dy.from(job.rows.first * out),
+                        x.from(job.rows.first * in), gradient);
     });
     return found.dense;
 }

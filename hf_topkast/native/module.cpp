@@ -2,15 +2,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "dense.h"
 #include "few_tokens.h"
+#include "grouped.h"
 #include "isa.h"
 #include "moves.h"
 #include "passes.h"
 #include "products.h"
 #include "selection.h"
+#include "ways.h"
 
 namespace nb = nanobind;
 using namespace hf_topkast;
@@ -32,6 +35,13 @@ struct OneToken {
     }
 };
 
+// The experts left to dense products, as (expert, first row, end of its rows).
+std::vector<std::tuple<int64_t, int64_t, int64_t>> as_tuples(const std::vector<Rows>& rows) {
+    std::vector<std::tuple<int64_t, int64_t, int64_t>> tuples;
+    for (const Rows& each : rows) tuples.emplace_back(each.expert, each.first, each.last);
+    return tuples;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -40,7 +50,11 @@ NB_MODULE(_native, m) {
     auto released = nb::call_guard<nb::gil_scoped_release>();
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
-    nb::class_<Pattern>(m, "Pattern").def(nb::init<Array, Array, int64_t, int64_t, int64_t, int64_t>());
+    nb::class_<Pattern>(m, "Pattern")
+        .def(nb::init<Array, Array, int64_t, int64_t, int64_t, int64_t>())
+        .def("part", &Pattern::part);
+    nb::class_<Limits>(m, "Limits").def(nb::init<std::vector<double>, std::vector<double>, int64_t, int64_t>())
+        .def("sparse", &Limits::sparse);
     nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int, int>());
 
     nb::class_<OneToken>(m, "OneToken")
@@ -94,6 +108,53 @@ NB_MODULE(_native, m) {
         [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
            Array gradient) { grad_values(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
         released);
+    m.def(
+        "masked_forward",
+        [](const std::string& isa, int threads, Pattern pattern, Array values, uintptr_t bias, int64_t tokens, Array x,
+           Array y) {
+            masked_forward(kernels_named(isa), threads, pattern, values, (const float*)bias, tokens, x, y);
+        },
+        released);
+    m.def(
+        "masked_grad_input",
+        [](const std::string& isa, int threads, Pattern pattern, Array values, int64_t tokens, Array dy, Array dx) {
+            masked_grad_input(kernels_named(isa), threads, pattern, values, tokens, dy, dx);
+        },
+        released);
+    m.def(
+        "masked_grad_values",
+        [](const std::string& isa, int threads, Pattern pattern, int64_t tokens, Array dy, Array x, Array gradient) {
+            masked_grad_values(kernels_named(isa), threads, pattern, tokens, dy, x, gradient);
+        },
+        released);
+
+    nb::class_<Experts>(m, "Experts")
+        .def("__init__", [](Experts* self, Pattern pattern, uintptr_t ends, int64_t experts, int64_t rows) {
+            new (self) Experts{pattern, (const int32_t*)ends, experts, rows};
+        });
+    m.def(
+        "grouped_forward",
+        [](const std::string& isa, int threads, Experts experts, const Limits& limits, Array values, uintptr_t bias,
+           Array x, Array y) {
+            return as_tuples(grouped_forward(kernels_named(isa), threads, experts, limits, values, (const float*)bias,
+                                             x, y));
+        },
+        released);
+    m.def(
+        "grouped_grad_input",
+        [](const std::string& isa, int threads, Experts experts, const Limits& limits, Array values, Array dy,
+           Array dx) {
+            return as_tuples(grouped_grad_input(kernels_named(isa), threads, experts, limits, values, dy, dx));
+        },
+        released);
+    m.def(
+        "grouped_grad_values",
+        [](const std::string& isa, int threads, Experts experts, const Limits& limits, Array dy, Array x,
+           Array gradient) {
+            return as_tuples(grouped_grad_values(kernels_named(isa), threads, experts, limits, dy, x, gradient));
+        },
+        released);
+
     m.def("expand", &expand, released);
     m.def("gather", &gather, released);
 

@@ -11,6 +11,7 @@ struct Array {
     int itemsize;
 
     void* at(int64_t index) const { return (char*)address + index * itemsize; }
+    Array from(int64_t index) const { return {address + index * itemsize, itemsize}; }
 
     int64_t integer(int64_t index) const {
         if (itemsize == 2) return ((const int16_t*)address)[index];
@@ -37,8 +38,7 @@ struct Pattern {
 
     // The rows of weights from `first` on, as many as `count`; both are multiples of the blocks' height.
     Pattern part(int64_t first, int64_t count) const {
-        Array offsets = {(uintptr_t)row_offsets.at(first / height), row_offsets.itemsize};
-        return {offsets, columns, count, in_features, height, width, exploring(0)};
+        return {row_offsets.from(first / height), columns, count, in_features, height, width, exploring(0)};
     }
     // Inlined always: compiled for several CPUs, and the linker would keep any one of them.
     __attribute__((always_inline)) bool unstructured() const { return height == 1 && width == 1; }

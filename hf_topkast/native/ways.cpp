@@ -60,13 +60,11 @@ void for_tiles(const Kernels& kernels, int64_t tokens, Run run) {
     for (int64_t token = 0; token < tokens; token += line) run(token, std::min(line, tokens - token));
 }
 
-Array from(const Array& rows, int64_t index) { return {(uintptr_t)rows.at(index), rows.itemsize}; }
-
 }  // namespace
 
 int threads_for(int64_t work, int most) { return (int)std::max<int64_t>(1, std::min<int64_t>(most, work / GRAIN)); }
 
-void any_forward(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, const float* bias,
+void masked_forward(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, const float* bias,
                  int64_t tokens, const Array& x, const Array& y) {
     int64_t in = pattern.in_features, out = pattern.out_features;
     if (tokens == 0) return;
@@ -75,7 +73,7 @@ void any_forward(const Kernels& kernels, int threads, const Pattern& pattern, co
     } else if (tokens <= FEW_FORWARD && pattern.unstructured()) {
         for_tiles(kernels, tokens, [&](int64_t first, int64_t count) {
             Schedule schedule = few_schedule(kernels, threads, pattern, count);
-            forward_few(kernels, schedule, pattern, values, bias, count, from(x, first * in), from(y, first * out));
+            forward_few(kernels, schedule, pattern, values, bias, count, x.from(first * in), y.from(first * out));
         });
     } else {
         Schedule schedule = schedule_for(kernels, threads, pattern, tokens, pattern.active(), pattern.height);
@@ -83,14 +81,14 @@ void any_forward(const Kernels& kernels, int threads, const Pattern& pattern, co
     }
 }
 
-void any_grad_input(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, int64_t tokens,
+void masked_grad_input(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, int64_t tokens,
                     const Array& dy, const Array& dx) {
     int64_t in = pattern.in_features, out = pattern.out_features;
     if (tokens == 0) return;
     if (tokens <= FEW_GRAD_INPUT && pattern.unstructured()) {
         for_tiles(kernels, tokens, [&](int64_t first, int64_t count) {
             Schedule schedule = few_schedule(kernels, threads, pattern, count);
-            grad_input_few(kernels, schedule, pattern, values, count, from(dy, first * out), from(dx, first * in));
+            grad_input_few(kernels, schedule, pattern, values, count, dy.from(first * out), dx.from(first * in));
         });
     } else {
         Schedule schedule = schedule_for(kernels, threads, pattern, tokens, pattern.active(), pattern.width);
@@ -98,7 +96,7 @@ void any_grad_input(const Kernels& kernels, int threads, const Pattern& pattern,
     }
 }
 
-void any_grad_values(const Kernels& kernels, int threads, const Pattern& pattern, int64_t tokens, const Array& dy,
+void masked_grad_values(const Kernels& kernels, int threads, const Pattern& pattern, int64_t tokens, const Array& dy,
                      const Array& x, const Array& gradient) {
     int64_t stored = pattern.stored();
     if (stored == 0) return;

@@ -11,13 +11,13 @@ namespace hf_topkast {
 int threads_for(int64_t work, int most);
 
 // As `forward`, `grad_input` and `grad_values` of products.h, on `threads` threads at most.
-void any_forward(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, const float* bias,
+void masked_forward(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, const float* bias,
                  int64_t tokens, const Array& x, const Array& y);
 
-void any_grad_input(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, int64_t tokens,
+void masked_grad_input(const Kernels& kernels, int threads, const Pattern& pattern, const Array& values, int64_t tokens,
                     const Array& dy, const Array& dx);
 
-void any_grad_values(const Kernels& kernels, int threads, const Pattern& pattern, int64_t tokens, const Array& dy,
+void masked_grad_values(const Kernels& kernels, int threads, const Pattern& pattern, int64_t tokens, const Array& dy,
                      const Array& x, const Array& gradient);
 
 // A forward pass of a few tokens, whose inputs each row gathers.

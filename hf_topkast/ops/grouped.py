@@ -4,7 +4,8 @@ of inputs sorted by the expert that they are for.
 
 Everywhere `ends` says which rows are whose: int32, (experts,), the end of each expert's rows. Rows past the last end
 are for no expert here, and their products are zero. Each expert that has rows is multiplied by a backend's function of
-its own part of the pattern; the gradient of one that has none is zero.
+its own part of the pattern; the gradient of one that has none is zero. On a GPU kernels of Triton's multiply all
+experts at once, for reading `ends` would wait for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..storage import Pattern
-from . import composite, have_numbers, implementation, runs_at_once
+from . import composite, has_triton, have_numbers, implementation, load_backend, runs_at_once
 
 
 def grouped_linear(
@@ -52,6 +53,8 @@ def grouped_linear(
 
 def forward(x: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, backend: str) -> Tensor:
     """y = x·αₑᵀ + bₑ: (rows, in) → (rows, out), in the dtype of `x`."""
+    if runs_in_triton(x, backend):
+        return load_backend("triton").forward(x, values, pattern, bias, ends)
     experts = Experts(pattern, ends)
     y = x.new_zeros(len(x), experts.out_features)
     for expert, rows in experts.with_rows():
@@ -63,6 +66,8 @@ def forward(x: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, bias: Ten
 
 def grad_input(dy: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, backend: str) -> Tensor:
     """dX = dY·αₑ: (rows, out) → (rows, in), in the dtype of `dy`."""
+    if runs_in_triton(dy, backend):
+        return load_backend("triton").grad_input(dy, values, pattern, ends)
     experts = Experts(pattern, ends)
     dx = dy.new_zeros(len(dy), pattern.shape[1])
     for expert, rows in experts.with_rows():
@@ -73,6 +78,8 @@ def grad_input(dy: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, backe
 
 def grad_values(dy: Tensor, x: Tensor, ends: Tensor, pattern: Pattern, backend: str) -> Tensor:
     """dW|B: each expert's dense-formula gradient dYᵀX read at the slots of B, in the dtype of `x`. → (|B|,)."""
+    if runs_in_triton(x, backend):
+        return load_backend("triton").grad_values(dy, x, pattern, ends)
     experts = Experts(pattern, ends)
     gradient = x.new_zeros(pattern.stored)
     for expert, rows in experts.with_rows():
@@ -80,6 +87,11 @@ def grad_values(dy: Tensor, x: Tensor, ends: Tensor, pattern: Pattern, backend: 
         own = implementation(backend, "grad_values", x[rows], part).grad_values(dy[rows], x[rows], part)
         gradient[slots], gradient[exploring] = own[: part.active], own[part.active :]
     return gradient
+
+
+def runs_in_triton(x: Tensor, backend: str) -> bool:
+    """Whether a product is that of the Triton kernels, which find on the GPU whose rows they have: nothing waits."""
+    return backend == "triton" or (backend == "auto" and x.device.type == "cuda" and has_triton())
 
 
 class Experts:

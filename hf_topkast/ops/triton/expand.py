@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...storage import Pattern
 from ..reference import rows_per_chunk
+from .pieces import rows_of_expert
 
 
 TILE = 1024
@@ -35,10 +36,23 @@ def _places(first, row, index, exists, columns, HEIGHT: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def _expand_kernel(
-    values, alpha, row_offsets, columns, in_features, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+    values,
+    alpha,
+    row_offsets,
+    columns,
+    ends,
+    out_features,
+    in_features,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One row of α."""
+    """One row of α. If it is that of an expert without rows of input, nobody will read it."""
     row = tl.program_id(0)
+    if ends is not None:
+        begin, end = rows_of_expert(row // out_features, ends)
+        if begin == end:
+            return
     line = alpha + row.to(tl.int64) * in_features
     zeros = tl.zeros((TILE,), alpha.dtype.element_ty)
     for start in range(0, in_features, TILE):
@@ -79,12 +93,23 @@ def _gather_kernel(
         tl.store(gradient + slot, numbers.to(gradient.dtype.element_ty), mask=exists)
 
 
-def expand_active(values: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-    """α: the values of A at their places, zero elsewhere. Dense, (out, in), in `dtype`."""
+def expand_active(values: Tensor, pattern: Pattern, dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
+    """
+    α: the values of A at their places, zero elsewhere. Dense, (out, in), in `dtype`. With `ends`, of experts one below
+    the other, those without rows are left out: whatever is in memory.
+    """
     alpha = torch.empty(pattern.shape, dtype=dtype, device=values.device)
-    arrays = pattern.row_offsets, pattern.columns
-    _expand_kernel[(pattern.shape[0],)](values, alpha, *arrays, pattern.shape[1], *pattern.block_size, TILE=TILE)
+    arrays = values, alpha, pattern.row_offsets, pattern.columns, ends
+    sizes = pattern.shape[0] // (1 if ends is None else len(ends)), pattern.shape[1], *pattern.block_size
+    _expand_kernel[(pattern.shape[0],)](*arrays, *sizes, TILE=TILE)
     return alpha
+
+
+def gather_stored(dense: Tensor, gradient: Tensor, pattern: Pattern, first: int):
+    """Writes those of the numbers of some rows, from the row `first` on, that `pattern` stores to their slots."""
+    arrays = dense, gradient, pattern.row_offsets, pattern.columns
+    sizes = first, pattern.shape[0] // pattern.block_size[0], pattern.shape[1], *pattern.block_size
+    _gather_kernel[(len(dense), 2)](*arrays, *sizes, TILE=TILE)
 
 
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None) -> Tensor:
@@ -100,13 +125,8 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
 
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     """dW|B: (tokens, out), (tokens, in), of one dtype → (|B|,)."""
-    out_features, in_features = pattern.shape
-    block_rows = out_features // pattern.block_size[0]
     gradient = torch.empty(pattern.stored, dtype=x.dtype, device=x.device)
     rows = rows_per_chunk(pattern)
-    for first in range(0, out_features, rows):
-        dense = dy[:, first : first + rows].mT @ x
-        arrays = dense, gradient, pattern.row_offsets, pattern.columns
-        sizes = first, block_rows, in_features, *pattern.block_size
-        _gather_kernel[(len(dense), 2)](*arrays, *sizes, TILE=TILE)
+    for first in range(0, pattern.shape[0], rows):
+        gather_stored(dy[:, first : first + rows].mT @ x, gradient, pattern, first)
     return gradient

@@ -21,8 +21,8 @@ MAX_SUMS = 64
 PRODUCT_TILES = [(64, 64, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 3), (16, 64, 4, 4)]
 GRADIENT_TILES = [(32, 64, 4, 3), (32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (64, 256, 8, 3)]
 # What the best configuration depends on, beside dtypes.
-PRODUCT_KEY = ["scale", "lines", "x_features", "TRANSPOSED", "SIDE_N", "SIDE_K", "PRECISION"]
-GRADIENT_KEY = ["scale", "out_features", "in_features", "HEIGHT", "WIDTH", "PRECISION"]
+PRODUCT_KEY = ["scale", "lines", "x_features", "EXPERTS", "TRANSPOSED", "SIDE_N", "SIDE_K", "PRECISION"]
+GRADIENT_KEY = ["scale", "out_features", "in_features", "EXPERTS", "HEIGHT", "WIDTH", "PRECISION"]
 
 
 def configurations(tiles: list[tuple[int, int, int, int]]) -> list[triton.Config]:
