@@ -12,7 +12,8 @@ from toy_models import choose_sets
 
 from hf_topkast import TopKastController, sparsify, sparsity_report
 from hf_topkast.layers.linear import TopKastLinear
-from hf_topkast.storage import spread_blocks
+from hf_topkast.ops.grouped import grouped_linear
+from hf_topkast.storage import Pattern, spread_blocks
 
 
 @pytest.fixture
@@ -155,6 +156,36 @@ def test_what_a_graph_would_replay_follows_the_sets(other_device, kernels, block
             assert not torch.equal(numbers(now), then)
         alpha = layer.theta() * layer.active_mask
         torch.testing.assert_close(numbers(captured[1]), numbers(dy @ alpha))
+
+
+@pytest.mark.parametrize("block_size", [(1, 1), (16, 16)], ids=str)
+def test_products_of_experts_wait_for_nothing_and_follow_the_rows_of_each(other_device, kernels, block_size):
+    experts, out, width = 4, 32, 48
+    draw = torch.rand(experts * out // block_size[0], width // block_size[1])
+    pattern = Pattern.from_masks(*(spread_blocks(draw < share, block_size) for share in (0.4, 0.7)), block_size)
+    given = torch.randn(12, width), torch.randn(pattern.stored), torch.randn(experts, out)
+    splits = [torch.tensor(split, dtype=torch.int32) for split in ([3, 3, 8, 10], [0, 12, 12, 12])]
+    dy = torch.randn(12, out)
+
+    def step(device, ends, backend):
+        x, values, bias = (tensor.to(device).requires_grad_() for tensor in given)
+        sets = pattern._replace(row_offsets=pattern.row_offsets.to(device), columns=pattern.columns.to(device))
+        y = grouped_linear(x, ends, values, sets._replace(column_walk=None), bias, backend)
+        return [y.detach(), *torch.autograd.grad(y, (x, values, bias), dy.to(device))]
+
+    with other_device:
+        ends = splits[0].to(NAME)
+        other_device.reads.clear()
+        other_device.launches.clear()
+        captured, graph = step(NAME, ends, "triton"), list(other_device.launches)
+        assert other_device.reads == []
+        first = [numbers(one).clone() for one in captured]
+        ends.copy_(splits[1].to(NAME))
+        for launch in graph:
+            launch()
+        second = [numbers(one).clone() for one in captured]
+    for got, split in zip((first, second), splits, strict=True):
+        assert_same(got, step("cpu", split, "reference"))
 
 
 def test_mixed_devices_are_noticed(other_device):

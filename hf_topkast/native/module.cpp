@@ -168,6 +168,12 @@ NB_MODULE(_native, m) {
         },
         released);
     m.def(
+        "block_norms",
+        [](uintptr_t theta, int64_t rows, int64_t columns, int64_t height, int64_t width, uintptr_t norms, int threads) {
+            block_norms((const float*)theta, rows, columns, height, width, (float*)norms, threads);
+        },
+        released);
+    m.def(
         "count_rows",
         [](uintptr_t active, uintptr_t backward, Pattern pattern, int threads) {
             return count_rows((const uint8_t*)active, (const uint8_t*)backward, pattern, threads);
@@ -195,22 +201,13 @@ NB_MODULE(_native, m) {
         released);
     m.def(
         "rearrange",
-        [](Pattern before, Pattern now, Array theta, uintptr_t backward, uintptr_t sources, Array values,
+        [](Pattern before, Pattern now, Array theta, uintptr_t backward, Array sources, Array values,
            Array reservoir, int threads) {
-            rearrange(before, now, theta, (const uint8_t*)backward, (int64_t*)sources, values, reservoir, threads);
+            rearrange(before, now, theta, (const uint8_t*)backward, sources, values, reservoir, threads);
         },
         released);
-    m.def(
-        "count_from",
-        [](uintptr_t sources, int64_t count, int64_t former) {
-            return count_from((const int64_t*)sources, count, former);
-        },
-        released);
-    m.def(
-        "carry",
-        [](Array numbers, int64_t former, uintptr_t sources, int64_t count, Array fresh, int step, Array moved,
-           int threads) { return carry(numbers, former, (const int64_t*)sources, count, fresh, step, moved, threads); },
-        released);
+    m.def("count_from", &count_from, released);
+    m.def("carry", &carry, released);
     m.def(
         "set_sizes",
         [](uintptr_t active, uintptr_t backward, int64_t numel, int threads) {

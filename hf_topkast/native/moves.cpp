@@ -75,13 +75,13 @@ void leave_out(const Array& numbers, const uint8_t* mask, int64_t numel, int64_t
 }
 
 void rearrange(const Pattern& before, const Pattern& now, const Array& theta, const uint8_t* backward,
-               int64_t* sources, const Array& values, const Array& reservoir, int threads) {
+               const Array& sources, const Array& values, const Array& reservoir, int threads) {
     int64_t rows = now.rows(), in = now.in_features, blocks = blocks_of(now);
     int64_t stored = now.begin(2 * rows) * now.height * now.width;
-    expect_large_pages({(uintptr_t)sources, sizeof *sources}, stored);
+    expect_large_pages(sources, stored);
     expect_large_pages(values, stored);
     Rows<int32_t> former(threads, blocks, 0);  // place in the old row, A before B\A, of what is there
-    auto rearrange = [&](auto* old_columns, auto* columns, auto* item, auto height, auto width) {
+    auto rearrange = [&](auto* old_columns, auto* columns, auto* item, auto* source, auto height, auto width) {
         using Item = std::remove_pointer_t<decltype(item)>;
         int64_t size = height * width;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -98,10 +98,10 @@ void rearrange(const Pattern& before, const Pattern& now, const Array& theta, co
             for (int64_t half : {row, rows + row})
                 for (int64_t block = now.begin(half), end = now.end(half); block < end; ++block) {
                     int64_t column = columns[block], place = places[column];
-                    int64_t source = (place < in_a ? from_a : from_rest) + place * size;
-                    int64_t* own_sources = sources + block * size;
+                    int64_t first = (place < in_a ? from_a : from_rest) + place * size;
+                    auto* own_sources = (decltype(source))sources.address + block * size;
                     Item* own = (Item*)values.address + block * size;
-                    for (int64_t j = 0; j < size; ++j) own_sources[j] = place < 0 ? -1 : source + j;
+                    for (int64_t j = 0; j < size; ++j) own_sources[j] = place < 0 ? -1 : first + j;
                     for (int64_t i = 0; i < height; ++i)
                         for (int64_t j = 0; j < width; ++j) own[i * width + j] = weights[i * in + column * width + j];
                 }
@@ -113,37 +113,39 @@ void rearrange(const Pattern& before, const Pattern& now, const Array& theta, co
                 gather_rest(weights + i * in, backward + (row * height + i) * in, rest, rest + in - members);
         }
     };
+    auto with_types = [&](auto* old, auto* columns, auto* item, auto* source) {
+        with_sides(now, [&](auto height, auto width) { rearrange(old, columns, item, source, height, width); });
+    };
     with_columns(before, [&](auto* old) {
         with_columns(now, [&](auto* columns) {
             with_items(theta.itemsize, [&](auto* item) {
-                with_sides(now,
-                           [&](auto height, auto width) { rearrange(old, columns, item, height, width); });
+                with_sources(sources, [&](auto* source) { with_types(old, columns, item, source); });
             });
         });
     });
 }
 
-FOR_EVERY_CPU
-int64_t count_from(const int64_t* sources, int64_t count, int64_t former) {
+int64_t count_from(const Array& sources, int64_t count, int64_t former) {
     int64_t found = 0;
-    for (int64_t slot = 0; slot < count; ++slot) found += uint64_t(sources[slot]) < uint64_t(former);
+    with_sources(sources, [&](auto* source) { found = count_before(source, count, former); });
     return found;
 }
 
-bool carry(const Array& numbers, int64_t former, const int64_t* sources, int64_t count, const Array& fresh, int step,
+bool carry(const Array& numbers, int64_t former, const Array& sources, int64_t count, const Array& fresh, int step,
            const Array& moved, int threads) {
     bool inside = true;
     expect_large_pages(moved, count);
-    with_items(numbers.itemsize, [&](auto* item) {
+    auto take = [&](auto* source, auto* item) {
         auto *from = (decltype(item))numbers.address, *start = (decltype(item))fresh.address;
         auto* to = (decltype(item))moved.address;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : inside)
         for (int64_t slot = 0; slot < count; ++slot) {
-            int64_t source = sources[slot];
-            to[slot] = uint64_t(source) < uint64_t(former) ? from[source] : start[slot * step];
-            inside = inside && source < former;
+            int64_t place = source[slot];
+            to[slot] = uint64_t(place) < uint64_t(former) ? from[place] : start[slot * step];
+            inside = inside && place < former;
         }
-    });
+    };
+    with_sources(sources, [&](auto* source) { with_items(numbers.itemsize, [&](auto* item) { take(source, item); }); });
     return inside;
 }
 

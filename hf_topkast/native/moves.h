@@ -15,14 +15,14 @@ void leave_out(const Array& numbers, const uint8_t* mask, int64_t numel, int64_t
 // θ from one pair of sets to another, of which `backward` is the larger as a mask: the slot in `before` of each slot, or
 // -1, the values and, if it has an address, the reservoir. Both patterns have the same blocks.
 void rearrange(const Pattern& before, const Pattern& now, const Array& theta, const uint8_t* backward,
-               int64_t* sources, const Array& values, const Array& reservoir, int threads);
+               const Array& sources, const Array& values, const Array& reservoir, int threads);
 
 // How many sources are among the first `former` slots.
-int64_t count_from(const int64_t* sources, int64_t count, int64_t former);
+int64_t count_from(const Array& sources, int64_t count, int64_t former);
 
 // The numbers at their sources, and where there is none (-1) `fresh`: one for all with `step` 0, one a slot with 1. False
 // if a source lies behind the `former` numbers.
-bool carry(const Array& numbers, int64_t former, const int64_t* sources, int64_t count, const Array& fresh, int step,
+bool carry(const Array& numbers, int64_t former, const Array& sources, int64_t count, const Array& fresh, int step,
            const Array& moved, int threads);
 
 }  // namespace hf_topkast

@@ -4,25 +4,33 @@
 #include <cstring>
 #include <type_traits>
 
+#include "clones.h"
 #include "lines.h"
 #include "memory.h"
 
 namespace hf_topkast {
 namespace {
 
-// Whether every weight of a line of blocks is where the first one of its block is.
-bool is_whole(const Line& line, const uint8_t* active, const uint8_t* backward, const Pattern& pattern, int64_t row) {
-    int64_t in = pattern.in_features, blocks = in / pattern.width;
+FOR_EVERY_CPU
+bool differ(const uint8_t* active, const uint8_t* backward, const uint8_t* in_a, const uint8_t* in_rest, int64_t count) {
     uint8_t differs = 0;
-    for (int64_t i = row * pattern.height; i < (row + 1) * pattern.height; ++i) {
-        const uint8_t *a = active + i * in, *b = backward + i * in;
-        for (int64_t block = 0; block < blocks; ++block) {
-            uint8_t in_a = line.active[block], in_rest = line.backward[block] & ~in_a;
-            for (int64_t j = block * pattern.width; j < (block + 1) * pattern.width; ++j)
-                differs |= (a[j] ^ in_a) | ((b[j] & ~a[j]) ^ in_rest);
-        }
+    for (int64_t i = 0; i < count; ++i) differs |= (active[i] ^ in_a[i]) | ((backward[i] & ~active[i]) ^ in_rest[i]);
+    return differs & 1;
+}
+
+// Whether every weight of a line of blocks is where the first one of its block is; `scratch` holds two rows.
+bool is_whole(const Line& line, const uint8_t* active, const uint8_t* backward, const Pattern& pattern, int64_t row,
+              uint8_t* scratch) {
+    int64_t in = pattern.in_features, width = pattern.width;
+    uint8_t *in_a = scratch, *in_rest = scratch + in;
+    for (int64_t block = 0; block < in / width; ++block) {
+        std::fill_n(in_a + block * width, width, line.active[block]);
+        std::fill_n(in_rest + block * width, width, line.backward[block] & ~line.active[block]);
     }
-    return !(differs & 1);
+    bool whole = true;
+    for (int64_t i = row * pattern.height; i < (row + 1) * pattern.height; ++i)
+        whole = whole && !differ(active + i * in, backward + i * in, in_a, in_rest, in);
+    return whole;
 }
 
 }  // namespace
@@ -30,12 +38,13 @@ bool is_whole(const Line& line, const uint8_t* active, const uint8_t* backward, 
 bool count_rows(const uint8_t* active, const uint8_t* backward, const Pattern& pattern, int threads) {
     int64_t rows = pattern.rows(), blocks = blocks_of(pattern);
     int64_t* begins = (int64_t*)pattern.row_offsets.address;
-    Rows<uint8_t> scratch(threads, 2 * blocks, 0);
+    Rows<uint8_t> scratch(threads, 2 * blocks, 0), weights(threads, 2 * pattern.in_features, 0);
     bool whole = true;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(&& : whole)
     for (int64_t row = 0; row < rows; ++row) {
         Line line = line_of(active, backward, pattern, row, scratch.own());
-        if (!pattern.unstructured()) whole = whole && is_whole(line, active, backward, pattern, row);
+        if (!pattern.unstructured())
+            whole = whole && is_whole(line, active, backward, pattern, row, weights.own());
         begins[row + 1] = count_members<InA>(line.active, line.backward, blocks);
         begins[rows + row + 1] = count_members<InRest>(line.active, line.backward, blocks);
     }

@@ -100,19 +100,33 @@ def sparse_is_faster(product: str, x: Tensor, pattern: Pattern) -> bool:
         x (`torch.Tensor`): the dense operand, (..., features), float32 or bfloat16.
         pattern ([`Pattern`]): of the sparse one.
     """
-    if TABLE.notice:
-        logger.warning_once(TABLE.notice)
     tokens = x.numel() // max(1, x.shape[-1])
-    side = pattern.block_size[1 if product == "grad_input" else 0]
-    shared = side % 4 == 0
-    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float32"
-    few = 4 if (KIND, dtype) == SLOW_DENSE else BLOCK_TOKENS[shared]
-    if pattern.block_size != (1, 1) and tokens < few and (product != "forward" or tokens > 3):
+    densities, dense = rule(product, x.dtype, pattern.block_size)
+    if tokens in dense:
         return False
-    limit = crossover(TABLE.crossovers[dtype][product], tokens)
-    if limit >= 1:
+    limit = crossover(densities, tokens)
+    if limit >= 1:  # without counting
         return True
-    if shared:
-        limit *= BLOCK_GAIN
     count = pattern.stored if product == "grad_values" else pattern.active
     return count <= limit * pattern.numel
+
+
+def rule(product: str, dtype: torch.dtype, block_size: tuple[int, int]) -> tuple[tuple[float, ...], range]:
+    """
+    The crossovers of a product at each of TOKENS, and with how many tokens dense products are faster at any density.
+
+    Args:
+        product (`str`): `"forward"`, `"grad_input"` or `"grad_values"`.
+        dtype (`torch.dtype`): of the dense operand, float32 or bfloat16.
+        block_size (`tuple[int, int]`): of the pattern.
+    """
+    if TABLE.notice:
+        logger.warning_once(TABLE.notice)
+    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    densities = TABLE.crossovers[name][product]
+    if block_size == (1, 1):
+        return densities, range(0)
+    shared = block_size[1 if product == "grad_input" else 0] % 4 == 0
+    few = 4 if (KIND, name) == SLOW_DENSE else BLOCK_TOKENS[shared]
+    gain = BLOCK_GAIN if shared else 1
+    return tuple(gain * density for density in densities), range(4 if product == "forward" else 0, few)

@@ -3,9 +3,10 @@ The masked products of the experts of a block: many matrices of one size in one 
 of inputs sorted by the expert that they are for.
 
 Everywhere `ends` says which rows are whose: int32, (experts,), the end of each expert's rows. Rows past the last end
-are for no expert here, and their products are zero. Each expert that has rows is multiplied by a backend's function of
-its own part of the pattern; the gradient of one that has none is zero. On a GPU kernels of Triton's multiply all
-experts at once, for reading `ends` would wait for it.
+are for no expert here, and their products are zero; the gradient of an expert that has no rows is zero. On a CPU the
+C++ extension goes over the experts (`grouped_cpu.py`). On a GPU kernels of Triton's multiply all experts at once, for
+reading `ends` would wait for it. Else each expert that has rows is multiplied here, by a backend's function of its
+own part of the pattern.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,12 @@ from torch import Tensor
 
 from ..storage import Pattern
 from . import composite, has_triton, have_numbers, implementation, load_backend, runs_at_once
+
+
+try:
+    from . import grouped_cpu
+except ImportError:  # installed without a compiler
+    grouped_cpu = None
 
 
 def grouped_linear(
@@ -55,6 +62,8 @@ def forward(x: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, bias: Ten
     """y = x·αₑᵀ + bₑ: (rows, in) → (rows, out), in the dtype of `x`."""
     if runs_in_triton(x, backend):
         return load_backend("triton").forward(x, values, pattern, bias, ends)
+    if runs_in_extension(backend, x, values):
+        return grouped_cpu.forward(x, ends, values, pattern, bias, backend)
     experts = Experts(pattern, ends)
     y = x.new_zeros(len(x), experts.out_features)
     for expert, rows in experts.with_rows():
@@ -68,6 +77,8 @@ def grad_input(dy: Tensor, ends: Tensor, values: Tensor, pattern: Pattern, backe
     """dX = dY·αₑ: (rows, out) → (rows, in), in the dtype of `dy`."""
     if runs_in_triton(dy, backend):
         return load_backend("triton").grad_input(dy, values, pattern, ends)
+    if runs_in_extension(backend, dy, values):
+        return grouped_cpu.grad_input(dy, ends, values, pattern, backend)
     experts = Experts(pattern, ends)
     dx = dy.new_zeros(len(dy), pattern.shape[1])
     for expert, rows in experts.with_rows():
@@ -80,6 +91,8 @@ def grad_values(dy: Tensor, x: Tensor, ends: Tensor, pattern: Pattern, backend: 
     """dW|B: each expert's dense-formula gradient dYᵀX read at the slots of B, in the dtype of `x`. → (|B|,)."""
     if runs_in_triton(x, backend):
         return load_backend("triton").grad_values(dy, x, pattern, ends)
+    if runs_in_extension(backend, dy, x):
+        return grouped_cpu.grad_values(dy, x, ends, pattern, backend)
     experts = Experts(pattern, ends)
     gradient = x.new_zeros(pattern.stored)
     for expert, rows in experts.with_rows():
@@ -92,6 +105,11 @@ def grad_values(dy: Tensor, x: Tensor, ends: Tensor, pattern: Pattern, backend: 
 def runs_in_triton(x: Tensor, backend: str) -> bool:
     """Whether a product is that of the Triton kernels, which find on the GPU whose rows they have: nothing waits."""
     return backend == "triton" or (backend == "auto" and x.device.type == "cuda" and has_triton())
+
+
+def runs_in_extension(backend: str, *operands: Tensor) -> bool:
+    """Whether the C++ extension does a product of these dense operands and values."""
+    return grouped_cpu is not None and grouped_cpu.is_for(backend, *operands)
 
 
 class Experts:

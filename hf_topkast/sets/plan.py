@@ -167,8 +167,8 @@ class SetPlan:
         view = LayerView(scores, size, backward_size, **now, **common)
         if self.method.grows:
             return view
-        sizes = min(size, int(view.active.sum())), min(backward_size, int(view.backward.sum()))
-        return replace(view, size=sizes[0], backward_size=sizes[1])
+        in_a, in_b, _ = set_sizes(view.active, view.backward)
+        return replace(view, size=min(size, in_a), backward_size=min(backward_size, in_b))
 
     def _scores(self, theta: Tensor) -> Tensor:
         """What is ranked by magnitude: the weights, or the norms of their blocks."""

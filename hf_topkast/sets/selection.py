@@ -25,7 +25,7 @@ def check_finite(theta: Tensor, layer_name: str):
     Raises:
         ValueError: if `theta` holds a NaN or an infinity; the message names the layer and counts them.
     """
-    if not bool(torch.isfinite(theta.abs().amax())):  # one pass: the maximum of what holds a NaN is NaN
+    if not all(bool(torch.isfinite(extreme)) for extreme in theta.aminmax()):  # of what holds a NaN they are NaN
         bad = int(theta.numel() - torch.isfinite(theta).sum())
         raise ValueError(
             f"Layer '{layer_name}': {bad} of its {theta.numel()} weights are NaN or infinite, so they cannot be "
@@ -168,6 +168,19 @@ def _kth_largest(scores: Tensor, count: int) -> Tensor:
     return scores.kthvalue(place + 1, keepdim=True).values
 
 
+def _norms_in_cpp(theta: Tensor, block_size: Sequence[int]):
+    """[`block_norms`] in one pass over the weight."""
+    height, width = block_size
+    if theta.dtype != torch.float32 or theta.ndim != 2 or theta.shape[0] % height or theta.shape[1] % width:
+        return NotImplemented
+    theta, (rows, columns) = theta.contiguous(), theta.shape
+    norms = torch.empty(rows // height, columns // width, device="cpu")
+    sizes = rows, columns, height, width
+    extension.block_norms(theta.data_ptr(), *sizes, norms.data_ptr(), thread_count(theta.numel()))
+    return norms
+
+
+@accelerated_by(_norms_in_cpp)
 def block_norms(theta: Tensor, block_size: Sequence[int]) -> Tensor:
     """
     L2 norm of every block of a weight.

@@ -53,7 +53,7 @@ def moved(numbers: Tensor, sources: Tensor, fresh: Tensor | None = None) -> Tens
 
     Args:
         numbers (`torch.Tensor`): (|B| before,), sharded or not.
-        sources (`torch.Tensor`): int64, (|B| now,): the former slot of each slot, -1 for a weight that enters B.
+        sources (`torch.Tensor`): integers, (|B| now,): the former slot of each slot, -1 for a weight that enters B.
         fresh (`torch.Tensor`, *optional*): what weights that enter start with: a scalar, or (|B| now,). `None`: 0.
 
     Returns:

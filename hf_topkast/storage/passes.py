@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 # Bytes of numbers that are moved and not computed with.
 ITEM_SIZES = (2, 4, 8)
+SOURCE_TYPES = (torch.int32, torch.int64)
+
+
+def source_dtype(pattern: "Pattern") -> torch.dtype:
+    """What holds every slot of a pattern."""
+    return torch.int32 if pattern.stored <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def structure(pattern: "Pattern") -> "extension.Pattern":
@@ -88,17 +94,17 @@ def rearrange(
     theta, backward = theta.contiguous(), backward.contiguous()
     sizes = pattern.stored, theta.numel() - pattern.stored if keeps_rest else 0
     values, reservoir = (_memory(theta, size, *into[place : place + 1]) for place, size in enumerate(sizes))
-    sources = torch.empty(pattern.stored, dtype=torch.int64, device="cpu")
-    places = array(theta), backward.data_ptr(), sources.data_ptr(), array(values), array(reservoir)
+    sources = torch.empty(pattern.stored, dtype=source_dtype(former), device="cpu")
+    places = array(theta), backward.data_ptr(), array(sources), array(values), array(reservoir)
     extension.rearrange(structure(former), structure(pattern), *places, thread_count(theta.numel()))
     return sources, values, reservoir
 
 
 def count_from(sources: Tensor, former: int) -> int:
     """As `rearrangement.count_from`."""
-    if sources.dtype != torch.int64 or not sources.is_contiguous():
+    if sources.dtype not in SOURCE_TYPES or not sources.is_contiguous():
         return NotImplemented
-    return extension.count_from(sources.data_ptr(), sources.numel(), former)
+    return extension.count_from(array(sources), sources.numel(), former)
 
 
 def outside(numbers: Tensor, mask: Tensor) -> Tensor:
@@ -128,12 +134,12 @@ def assemble_theta(values: Tensor, pattern: "Pattern", reservoir: Tensor) -> Ten
 def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
     """As `distributed.moved`, for a tensor that is not sharded."""
     fits = numbers.ndim == sources.ndim == 1 and fresh.shape in ((), sources.shape)
-    types = numbers.dtype == fresh.dtype and numbers.element_size() in ITEM_SIZES and sources.dtype == torch.int64
+    types = numbers.dtype == fresh.dtype and numbers.element_size() in ITEM_SIZES and sources.dtype in SOURCE_TYPES
     if not (fits and types):
         return NotImplemented
     numbers, sources, fresh = numbers.contiguous(), sources.contiguous(), fresh.contiguous()
     carried = numbers.new_empty(sources.shape)
-    places = len(numbers), sources.data_ptr(), len(sources), array(fresh), fresh.ndim, array(carried)
+    places = len(numbers), array(sources), len(sources), array(fresh), fresh.ndim, array(carried)
     inside = extension.carry(array(numbers), *places, thread_count(len(sources)))
     return carried if inside else NotImplemented
 

@@ -201,12 +201,12 @@ def slot_sources(old: Pattern, new: Pattern) -> Tensor:
     Where each slot of `new` comes from: its slot in `old`, or -1 where the weight was not stored there.
 
     Returns:
-        `torch.Tensor`: int64, (|B| of `new`,).
+        `torch.Tensor`: int32 (int64 past 2³¹ slots), (|B| of `new`,).
     """
-    slot_dtype = torch.int32 if old.stored <= INT32_MAX else torch.int64
+    slot_dtype = passes.source_dtype(old)
     slots = torch.full((old.numel,), -1, dtype=slot_dtype, device=old.columns.device)
     slots[old.flat_index()] = torch.arange(old.stored, dtype=slot_dtype, device=slots.device)
-    return slots[new.flat_index()].long()
+    return slots[new.flat_index()]
 
 
 @accelerated_by(passes.set_sizes)

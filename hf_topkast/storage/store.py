@@ -161,7 +161,7 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
             theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
 
         Returns:
-            `torch.Tensor`: int64, (|B|,): the former slot of each new slot, -1 for a weight that enters B.
+            `torch.Tensor`: int32 (int64 past 2³¹ slots), (|B|,): the former slot of each new slot, -1 for a weight that enters B.
         """
         theta = self.theta() if theta is None else theta
         former, pattern = self.pattern, Pattern.from_masks(active, backward, self.block_size)
@@ -226,7 +226,7 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
 
     def _write(self, name: str, new: Tensor):
         current = getattr(self, name)
-        if not is_sharded(current) and new.numel() and new.data_ptr() == current.data_ptr():  # written already
+        if not is_sharded(current) and new.numel() and new.data_ptr() == current.data_ptr() != 0:  # written already
             torch.autograd.graph.increment_version(current)
             return
         resized = current.shape != new.shape

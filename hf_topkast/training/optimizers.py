@@ -181,7 +181,7 @@ def carry_state(
     Args:
         optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
         values (`torch.nn.Parameter`): the values of a sparse layer, the newcomers among them.
-        sources (`torch.Tensor`): int64, (|B|,): former slot of each new slot, -1 for a weight that enters.
+        sources (`torch.Tensor`): integers, (|B|,): former slot of each new slot, -1 for a weight that enters.
         former (`int`): how many slots there were; state of another size is of the whole parameter and stays.
         new_state (`str`): as in [`TopKastConfig`].
         lr_scale (`float`, *optional*, defaults to 1.0): factor on the learning rate that a state may start at.

@@ -25,7 +25,7 @@ def test_against_the_models(checkpoints, run_json):
         both, either = int((first & second).sum()), int((first | second).sum())
         total = [total[0] + both, total[1] + either]
         assert layer["overlap"] == pytest.approx(both / either)
-        assert layer["difference"] == pytest.approx(float((alpha - beta).norm() / alpha.norm()), rel=1e-4)
+        assert layer["difference"] == pytest.approx(((alpha - beta).norm() / alpha.norm()).item(), rel=1e-4)
         assert layer["densities"] == [pytest.approx(float(first.float().mean()))] * 2
     assert found["overlap"] == pytest.approx(total[0] / total[1])
 

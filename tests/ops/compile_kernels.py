@@ -21,7 +21,7 @@ from hf_topkast.storage import Pattern, spread_blocks
 
 # Bytes of shared memory that a block of threads can have, by compute capability.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-TOKENS, OUT, IN = 100, 256, 512
+TOKENS, OUT, IN, EXPERTS = 100, 256, 512, 4
 
 
 class CompilingDriver:
@@ -59,14 +59,17 @@ def pattern_of(block_size: tuple[int, int], seed: int) -> Pattern:
     return Pattern.from_masks(*(spread_blocks(scores < share, block_size) for share in (0.2, 0.4)), block_size)
 
 
-def run_products(pattern: Pattern, dtype: torch.dtype, loaded: list[str]) -> dict[str, list[str]]:
-    """PTX of the kernels that each product loads; `loaded` is where they appear."""
-    x, dy = torch.zeros(TOKENS, IN, dtype=dtype), torch.zeros(TOKENS, OUT, dtype=dtype)
+def run_products(
+    pattern: Pattern, dtype: torch.dtype, loaded: list[str], ends: torch.Tensor | None = None
+) -> dict[str, list[str]]:
+    """PTX of the kernels that each product loads; `loaded` is where they appear. With `ends`, of experts."""
+    out = OUT // (1 if ends is None else EXPERTS)
+    x, dy = torch.zeros(TOKENS, IN, dtype=dtype), torch.zeros(TOKENS, out, dtype=dtype)
     values, bias = torch.zeros(pattern.stored), torch.zeros(OUT)
     calls = {
-        "forward": lambda: products.forward(x, values, pattern, bias),
-        "grad_input": lambda: products.grad_input(dy, values, pattern),
-        "grad_values": lambda: products.grad_values(dy, x, pattern),
+        "forward": lambda: products.forward(x, values, pattern, bias, ends),
+        "grad_input": lambda: products.grad_input(dy, values, pattern, ends),
+        "grad_values": lambda: products.grad_values(dy, x, pattern, ends),
     }
     found = {}
     for name, call in calls.items():
@@ -87,10 +90,16 @@ def main(capability: int):
     products.launch.INTERPRETED = True  # so tensors of the CPU pass for a GPU's
     torch.set_float32_matmul_precision("high")
     found = {}
+    everyone = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (TOKENS // EXPERTS)
+    one = everyone.clone().fill_(TOKENS)
     for kind, dtype in {"bf16": torch.bfloat16, "tf32": torch.float32}.items():
         for form, block_size in {"blocks": (16, 32), "single": (1, 1)}.items():
-            found[f"{kind} {form}"] = run_products(pattern_of(block_size, 0), dtype, loaded)
-            found[f"{kind} {form} refreshed"] = run_products(pattern_of(block_size, 1), dtype, loaded)
+            sets, others = (pattern_of(block_size, seed) for seed in (0, 1))
+            found[f"{kind} {form}"] = run_products(sets, dtype, loaded)
+            found[f"{kind} {form} refreshed"] = run_products(others, dtype, loaded)
+            found[f"{kind} experts of {form}"] = run_products(sets, dtype, loaded, everyone)
+            found[f"{kind} experts of {form} refreshed"] = run_products(others, dtype, loaded, one)
+    found["fp64 experts of single"] = run_products(pattern_of((1, 1), 0), torch.float64, loaded, everyone)
     print(json.dumps(found))
 
 

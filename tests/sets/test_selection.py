@@ -3,6 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_topkast import native
+from hf_topkast.native import torch_only
 from hf_topkast.sets import selection
 from hf_topkast.sets.selection import block_norms, check_finite, set_size, spread_mask, top_mask
 
@@ -79,15 +81,28 @@ def test_block_norms(block_size, dtype):
             torch.testing.assert_close(norms[row, column], block.double().norm().float())
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("block_size", [(4, 4), (1, 8), (16, 2), (32, 32)])
+def test_block_norms_are_the_same_in_cpp(block_size, count, threads, monkeypatch):
+    threads(count)
+    monkeypatch.setattr(native, "GRAIN", 1)
+    theta = torch.randn(320, 256, generator=torch.Generator().manual_seed(0))
+    with torch_only():
+        expected = block_norms(theta, block_size)
+    assert torch.equal(block_norms(theta, block_size), expected)
+    assert torch.equal(block_norms(theta.T.contiguous().T, block_size), expected)
+
+
 @pytest.mark.parametrize("at_once", [1, 500, 2**16])
 @pytest.mark.parametrize("block_size", [(1, 1), (4, 1), (1, 3), (16, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_block_norms_in_pieces_are_those_at_once(block_size, dtype, at_once, monkeypatch):
     theta = torch.randn(80, 18, generator=torch.Generator().manual_seed(0)).to(dtype)
-    whole, pieces, norms_of = block_norms(theta, block_size), [], selection._norms_at_once
+    whole, pieces, norms_of = block_norms(theta, block_size), [], selection._norms_at_once  # in C++ or not
     monkeypatch.setattr(selection, "NORMS_AT_ONCE", at_once)
     monkeypatch.setattr(selection, "_norms_at_once", lambda part, size: pieces.append(part) or norms_of(part, size))
-    assert torch.equal(block_norms(theta, block_size), whole)
+    with torch_only():
+        assert torch.equal(block_norms(theta, block_size), whole)
     assert torch.equal(torch.cat(pieces), theta)
     assert all(part.numel() <= at_once or len(part) == block_size[0] for part in pieces)
     assert len(pieces) > 1 or at_once > theta.numel()

@@ -21,6 +21,7 @@ from .launch import as_rows, on_device
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, ends: Tensor | None = None) -> Tensor:
     """y = x·αᵀ + b: (..., in) → (..., out), in the dtype of `x`."""
     rows = as_rows(x, pattern.shape[1])
+    bias = None if bias is None else bias.contiguous()
     with on_device(x):
         y = _kernels(x, pattern, ends).forward(rows, values.contiguous(), pattern, bias, *_given(ends))
     return y.view(*x.shape[:-1], y.shape[1])

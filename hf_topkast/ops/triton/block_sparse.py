@@ -71,9 +71,10 @@ def _product_kernel(
         token = first_token + tl.arange(0, TILE_TOKENS)
         present = token[:, None] < last_token
         stored_line = expert * lines + line
-        first = tl.load(begins + stored_line, mask=expert < EXPERTS, other=0).to(tl.int32)
-        end = tl.load(begins + stored_line + 1, mask=expert < EXPERTS, other=0).to(tl.int32)
-        count = (end - first) * SIDE_K
+        within = tl.minimum(stored_line, EXPERTS * lines - 1)
+        first = tl.load(begins + within).to(tl.int32)
+        count = (tl.load(begins + within + 1).to(tl.int32) - first) * SIDE_K
+        count = tl.where(expert < EXPERTS, count, 0)  # rows for no expert: zeros
     x_lines = x + token[:, None].to(tl.int64) * x_features
     total = tl.zeros((TILE_TOKENS, TILE_N), tl.float32)
     # The walk by columns, in 32 bits, goes through the pipeline too, which then keeps the operands half as far ahead.
@@ -93,7 +94,8 @@ def _product_kernel(
         weights = tl.load(values + places, mask=exists[:, None], other=0).to(inputs.dtype)
         total = add_product(total, inputs, weights, PRECISION)
     if bias is not None:
-        offsets = tl.load(bias + stored_line * SIDE_N + n, mask=stored_line < EXPERTS * lines, other=0)
+        place = stored_line * SIDE_N + n
+        offsets = tl.load(bias + place, mask=place < EXPERTS * lines * SIDE_N, other=0)
         total += offsets.to(tl.float32)[None, :]
     y_lines = y + token[:, None].to(tl.int64) * (lines * SIDE_N)
     tl.store(y_lines + line * SIDE_N + n[None, :], total.to(y.dtype.element_ty), mask=present)

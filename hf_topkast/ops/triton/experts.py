@@ -40,7 +40,7 @@ GRADIENT_KEY = ["scale", "height", "out_features", "in_features", "PRECISION"]
 MAX_GROUPS, ALIGNMENT = 1023, 16
 
 
-def _configurations(tiles: list[tuple[int, int, int, int, int]], *names: str) -> list[triton.Config]:
+def configurations(tiles: list[tuple[int, int, int, int, int]], *names: str) -> list[triton.Config]:
     """As [`tiles.configurations`], for tiles with a third side."""
     return [
         triton.Config({**dict(zip(names, sides)), "STAGES": stages}, num_warps=warps)
@@ -57,7 +57,7 @@ def _no_sums(like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
-@triton.autotune(_configurations(PRODUCT_TILES, "TILE_ROWS", "TILE_N", "TILE_K"), key=PRODUCT_KEY)
+@triton.autotune(configurations(PRODUCT_TILES, "TILE_ROWS", "TILE_N", "TILE_K"), key=PRODUCT_KEY)
 @triton.jit(do_not_specialize=["scale"])
 def _product_kernel(
     x,
@@ -90,19 +90,17 @@ def _product_kernel(
         k = start + tl.arange(0, TILE_K)
         exists = k < x_features
         inputs = tl.load(x + row * x_features + k[None, :], mask=present & exists[None, :], other=0)
-        if TRANSPOSED:
-            places = k[:, None] * y_features + n[None, :]
-        else:
-            places = k[:, None] + n[None, :] * x_features
+        places = k[:, None] * y_features + n[None, :] if TRANSPOSED else k[:, None] + n[None, :] * x_features
         weights = tl.load(own_alpha + places, mask=exists[:, None] & inside, other=0)
         total = add_product(total, inputs, weights, PRECISION)
     if bias is not None:
-        offset = tl.load(bias + expert * y_features + n[None, :], mask=inside & (expert < EXPERTS), other=0)
-        total += offset.to(total.dtype)
+        place = expert * y_features + n
+        offset = tl.load(bias + place, mask=(n < y_features) & (place < EXPERTS * y_features), other=0)
+        total += offset.to(total.dtype)[None, :]
     tl.store(y + row * y_features + n[None, :], total.to(y.dtype.element_ty), mask=present & inside)
 
 
-@triton.autotune(_configurations(GRADIENT_TILES, "TILE_M", "TILE_N", "TILE_ROWS"), key=GRADIENT_KEY)
+@triton.autotune(configurations(GRADIENT_TILES, "TILE_M", "TILE_N", "TILE_ROWS"), key=GRADIENT_KEY)
 @triton.jit(do_not_specialize=["scale", "first_expert", "first_output"])
 def _gradient_kernel(
     dy,
@@ -157,29 +155,34 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, ends: Tensor) -> Te
 
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, ends: Tensor) -> Tensor:
     """dW|B: (rows, out), (rows, in), of one dtype → (|B|,)."""
-    out_features, in_features = dy.shape[1], x.shape[1]
     gradient = torch.empty(pattern.stored, dtype=x.dtype, device=x.device)
     for first, experts, height in _chunks(pattern, len(ends)):
-        dense = torch.empty(experts * height, in_features, dtype=x.dtype, device=x.device)
-
-        def grid(meta):
-            tiles = triton.cdiv(height, meta["TILE_M"]) * triton.cdiv(in_features, meta["TILE_N"])
-            return (experts * tiles,)
-
-        _gradient_kernel[grid](
-            dy,
-            x,
-            dense,
-            ends,
-            *divmod(first, out_features),
-            scale_of(len(x) // len(ends)),
-            height,
-            out_features,
-            in_features,
-            PRECISION=_precision(x),
-        )
+        dense = torch.empty(experts * height, x.shape[1], dtype=x.dtype, device=x.device)
+        _write_dense_gradient(dense, dy, x, ends, first, height)
         gather_stored(dense, gradient, pattern, first)
     return gradient
+
+
+def _write_dense_gradient(dense: Tensor, dy: Tensor, x: Tensor, ends: Tensor, first: int, height: int):
+    """The dense gradients of some experts, or of some rows of one: `height` of each, from the row `first` on."""
+    out_features, in_features = dy.shape[1], x.shape[1]
+
+    def grid(meta):
+        tiles = triton.cdiv(height, meta["TILE_M"]) * triton.cdiv(in_features, meta["TILE_N"])
+        return (len(dense) // height * tiles,)
+
+    _gradient_kernel[grid](
+        dy,
+        x,
+        dense,
+        ends,
+        *divmod(first, out_features),
+        scale_of(len(x) // len(ends)),
+        height,
+        out_features,
+        in_features,
+        PRECISION=_precision(x),
+    )
 
 
 def torch_does_not_wait(x: Tensor, alpha: Tensor) -> bool:

@@ -5,7 +5,6 @@ Settings: their cubic schedule, between a quarter and three quarters of training
 arXiv 2501.12486 compares.
 """
 
-import torch
 from torch import Tensor
 
 from ...method import LayerView, Method
@@ -16,7 +15,7 @@ def choose(view: LayerView) -> Tensor:
     """The largest weights of those that are left."""
     scores = view.theta.abs()
     if view.active is not None:
-        scores = torch.where(view.active, scores, -1.0)
+        scores.masked_fill_(~view.active, -1.0)
     return largest_mask(scores, view.size, view.by_row)
 
 
