@@ -11,6 +11,27 @@
 #include "spread.h"
 
 namespace hf_topkast {
+namespace {
+
+// Calls visit(sources) with their type.
+template <class Visit>
+void with_sources(const Array& sources, Visit visit) {
+    if (sources.itemsize == 4)
+        visit((int32_t*)sources.address);
+    else
+        visit((int64_t*)sources.address);
+}
+
+template <class Source>
+FOR_EVERY_CPU
+int64_t count_before(const Source* sources, int64_t count, int64_t former) {
+    int64_t found = 0;
+    for (int64_t slot = 0; slot < count; ++slot) found += sources[slot] >= 0 && sources[slot] < former;
+    return found;
+}
+
+}  // namespace
+
 void assemble(const Pattern& pattern, const Array& values, const Array& reservoir, const Array& theta, int threads) {
     int64_t in = pattern.in_features, rows = pattern.rows();
     expect_large_pages(theta, pattern.out_features * in);

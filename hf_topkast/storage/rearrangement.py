@@ -30,7 +30,8 @@ def rearrange(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the former slot of each slot, -1 for a weight that enters B,
-        int32 (int64 past 2³¹ slots), (|B|,); the values, (|B|,); the reservoir, (n − |B|,), or empty where there is none.
+        int32 (int64 past 2³¹ slots), (|B|,); the values, (|B|,); the reservoir, (n − |B|,), or empty where there is
+        none.
     """
     reservoir = outside(theta, backward) if keeps_rest else theta.new_empty(0)
     return slot_sources(former, pattern), take_slots(theta, pattern), reservoir

@@ -161,7 +161,8 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
             theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
 
         Returns:
-            `torch.Tensor`: int32 (int64 past 2³¹ slots), (|B|,): the former slot of each new slot, -1 for a weight that enters B.
+            `torch.Tensor`: int32 (int64 past 2³¹ slots), (|B|,): the former slot of each new slot, -1 for a weight
+            that enters B.
         """
         theta = self.theta() if theta is None else theta
         former, pattern = self.pattern, Pattern.from_masks(active, backward, self.block_size)
