@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from hf_topkast import TopKastDistillationTrainer, sparsify, sparsity_report
+from hf_topkast import TopKastConfig, TopKastDistillationTrainer, sparsify, sparsity_report
 
 
 name, text = sys.argv[1:3]
@@ -25,7 +25,7 @@ tokens = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").
 windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
 dataset = [{"input_ids": window, "labels": window, "attention_mask": torch.ones_like(window)} for window in windows]
 
-sparsify(model, density=0.5, backward_density=0.6, calibration=windows[:16].split(4), penalty=0)
+sparsify(model, TopKastConfig.for_finetuning(0.5), calibration=windows[:16].split(4))
 print(sparsity_report(model))
 
 args = TrainingArguments(

@@ -21,7 +21,7 @@ DEFAULTS = {
     "new_state_warmup": 0,
     "score": "magnitude",
 }
-# Of a fine-tuning's weights, beside A: twice the density, the default, takes more memory at 0.5 than a dense model.
+# Share of a fine-tuning's weights that is explored beside A.
 EXPLORATION = 0.1
 SCHEDULE_DEFAULTS = dict(zip(SCHEDULE, ("cubic", 0.0, 0.5)))
 
@@ -263,12 +263,13 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
     @classmethod
     def for_finetuning(cls, density: float | str = 0.5, **settings: Any) -> "TopKastConfig":
         """
-        What did best for pretrained weights (docs/fine_tuning.md): no penalty, which pulls them to zero, and an
-        exploration set of a tenth of the weights beside A. Best with `sparsify(..., calibration=batches)`.
+        What did best for pretrained weights in short trainings (docs/fine_tuning.md): sets that never change, and no
+        penalty, which pulls weights to zero. Best with `sparsify(..., calibration=batches)`.
 
         Args:
             density (`float` or `str`, *optional*, defaults to 0.5): as of the class.
-            **settings: any other fields, which win.
+            **settings: any other fields, which win. With a method that explores, such as `method="topkast"`, B is a
+                tenth of the weights larger than A: twice as large takes more memory at 0.5 than a dense model.
 
         Example:
 
@@ -276,10 +277,11 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
         sparsify(model, TopKastConfig.for_finetuning(0.5), calibration=batches)
         ```
         """
-        method = get_method(settings.get("method", cls.method))
-        if cls(density=density).density != "nonzero" and 1 < method.backward_ratio < math.inf:
+        settings = {"method": "static", "penalty": 0.0, **settings}
+        ratio = get_method(settings["method"]).backward_ratio
+        if cls(density=density).density != "nonzero" and 1 < ratio < math.inf:
             settings = {"backward_density": min(1.0, density + EXPLORATION), **settings}
-        return cls(density=density, **{"penalty": 0.0, **settings})
+        return cls(density=density, **settings)
 
     def derived(self) -> set[str]:
         """The fields that are what they would be if they had not been given."""

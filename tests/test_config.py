@@ -17,11 +17,13 @@ def test_backward_density_defaults_to_twice_density():
 
 def test_settings_for_finetuning():
     config = TopKastConfig.for_finetuning(0.5)
-    assert config == TopKastConfig(density=0.5, backward_density=0.6, penalty=0.0)
-    assert TopKastConfig.for_finetuning(0.95).backward_density == 1.0
-    assert TopKastConfig.for_finetuning(0.5, penalty=1e-5, backward_density=0.7).backward_density == 0.7
-    static = TopKastConfig.for_finetuning(0.5, method="static")
-    assert (static.backward_density, static.penalty) == (0.5, 0.0)
+    assert config == TopKastConfig(density=0.5, method="static", penalty=0.0)
+    assert config.backward_density == 0.5
+    exploring = TopKastConfig.for_finetuning(0.5, method="topkast")
+    assert (exploring.method, exploring.backward_density, exploring.penalty) == ("topkast", 0.6, 0.0)
+    assert TopKastConfig.for_finetuning(0.95, method="topkast").backward_density == 1.0
+    given = TopKastConfig.for_finetuning(0.5, method="topkast", penalty=1e-5, backward_density=0.7)
+    assert (given.penalty, given.backward_density) == (1e-5, 0.7)
     assert TopKastConfig.for_finetuning("nonzero").backward_density is None
     assert TopKastConfig.for_finetuning(0.3, method="dpf").backward_density == 1.0
     with pytest.raises(ValueError, match="density='half'"):

@@ -111,7 +111,11 @@ def sparsify(
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
     if calibration is not None:
         settings.setdefault("score", "activation")
-    config = config or TopKastConfig(**settings)
+    if config is None:
+        config = TopKastConfig(**settings)
+    elif calibration is not None and "score" in config.derived():  # as if it had not been given
+        given = {name: value for name, value in config.to_dict().items() if name not in config.derived()}
+        config = TopKastConfig.from_dict({**given, "score": "activation"})
     if (config.score == "activation") != (calibration is not None):
         raise ValueError(
             f"score={config.score!r} and calibration {'given' if calibration is not None else 'left out'}: "

@@ -61,7 +61,7 @@ def test_pretrain(run):
 
 def test_fine_tune(run, text):
     printed = run("fine_tune.py", stand_in(make_model(), "tiny"), text, "2")
-    assert "0.5000   0.6000" in printed and "distill/logits" in printed
+    assert "0.5000   0.5000" in printed and "distill/logits" in printed
     assert Path("runs/fine-tuned/model/topkast_state.safetensors").is_file()
 
 

@@ -114,8 +114,15 @@ def test_batches_that_do_not_fit(calibration, message):
 def test_score_and_calibration_go_together():
     refused("score='activation' and calibration left out", score="activation")
     refused("score='magnitude' and calibration given", score="magnitude", calibration=token_batches(1))
-    with pytest.raises(ValueError, match="score='magnitude' and calibration given"):
-        sparsify(make_gpt2(), TopKastConfig(density=0.3), calibration=token_batches(1))
+
+
+def test_a_config_without_a_score_takes_that_of_the_calibration():
+    config = TopKastConfig(density=0.3)
+    model = sparsify(make_gpt2(), config, calibration=token_batches(1))
+    assert model.topkast.config == TopKastConfig(density=0.3, score="activation")
+    assert (model.topkast.config.compare, config.score) == ("row", "magnitude")  # the caller's is as it was
+    model = sparsify(make_gpt2(), TopKastConfig.for_finetuning(0.3), calibration=token_batches(1))
+    assert model.topkast.config == TopKastConfig(density=0.3, score="activation", method="static", penalty=0.0)
 
 
 @pytest.mark.parametrize("method", ["static", "topkast"])
