@@ -68,8 +68,8 @@ class Problem:
         block_size: tuple[int, int] = (1, 1),
         device: str = "cpu",
     ):
-        generator = torch.Generator().manual_seed(0)
-        self.theta = torch.randn(shape, generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        self.theta = torch.randn(shape, generator=generator, device=device)
         scores = block_norms(self.theta, block_size)
         shares = density, min(1.0, density * backward_ratio)
         sets = (top_mask(scores, set_size(scores.numel(), share)) for share in shares)
@@ -79,8 +79,8 @@ class Problem:
         self.theta = self.theta.to(dtype)
         self.alpha = self.theta * self.active
         sizes = self.pattern.active, self.pattern.stored
-        self.x = torch.randn(tokens, shape[1], generator=generator).to(device, dtype)
-        self.dy = torch.randn(tokens, shape[0], generator=generator).to(device, dtype)
+        self.x = torch.randn(tokens, shape[1], generator=generator, device=device).to(dtype)
+        self.dy = torch.randn(tokens, shape[0], generator=generator, device=device).to(dtype)
         # Multiply-adds of each pass on the weights that it needs, and bytes: two dense operands, values and columns.
         used = dict(zip(PASSES, (sizes[0], sizes[0], sizes[1])))
         block = block_size[0] * block_size[1]

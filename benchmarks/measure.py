@@ -25,7 +25,9 @@ MODELS = {
 }
 
 
-def make_gpt2(layers: int, width: int, positions: int, vocabulary: int, seed: int = 0) -> GPT2LMHeadModel:
+def make_gpt2(
+    layers: int, width: int, positions: int, vocabulary: int, seed: int = 0, device: str = "cpu"
+) -> GPT2LMHeadModel:
     """A GPT-2-style model with heads of 64 and a fused GELU, freshly initialised; the same for the same seed."""
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -41,7 +43,8 @@ def make_gpt2(layers: int, width: int, positions: int, vocabulary: int, seed: in
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config)
+    with torch.device(device):  # where the numbers are drawn, too
+        return GPT2LMHeadModel(config)
 
 
 def machine(device: str = "cpu") -> dict[str, str]:

@@ -66,7 +66,7 @@ def main():
     args = parser.parse_args()
 
     def model():
-        return make_gpt2(args.layers, args.width, args.context, args.vocabulary).to(args.device)
+        return make_gpt2(args.layers, args.width, args.context, args.vocabulary, device=args.device)
 
     dense = after_two_steps(model(), args)
     rows = []

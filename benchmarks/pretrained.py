@@ -10,10 +10,11 @@ MODEL is a directory of a causal language model with its tokenizer; TRAIN and VA
 Each run appends a line to FILE; runs that stand there with the same settings are passed over, so it can be stopped and
 started again. Every run sees the same windows in the same order: AdamW (β 0.9 and 0.95), 5% warm-up, cosine, clipping
 at 1, no weight decay and no penalty. Perplexity is per token, over consecutive windows of VALID, of which all tokens
-but each window's first are predicted. Each run has a process of its own; its memory is the peak while it trains.
+but each window's first are predicted. Memory is the peak while a run trains; on a CPU each has a process of its own.
 """
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -53,6 +54,7 @@ SETTINGS = (
 )
 
 
+@functools.cache
 def read_tokens(model: str, path: Path, count: int) -> torch.Tensor:
     """The first `count` tokens of a text, (count,), int64."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -74,8 +76,8 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, args: argparse.Namespace)
     """Of a token, over the whole windows in `tokens`."""
     model.eval()
     parts = tokens[: len(tokens) // args.window * args.window].view(-1, args.window)
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        losses = [float(model(part, labels=part).loss) * len(part) for part in parts.split(4)]
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        losses = [float(model(part, labels=part).loss) * len(part) for part in parts.to(args.device).split(4)]
     return math.exp(sum(losses) / len(parts))
 
 
@@ -98,7 +100,8 @@ def prepare(model: nn.Module, name: str, density: float, train: torch.Tensor, ar
     if settings.get("method") == "static":
         settings["refresh_every"] = None
     if settings.pop("calibration", False):
-        settings["calibration"] = train[: args.calibration * args.window].view(-1, args.window).split(4)
+        windows = train[: args.calibration * args.window].view(-1, args.window)
+        settings["calibration"] = windows.to(args.device).split(4)
     return sparsify(model, **settings)
 
 
@@ -115,7 +118,7 @@ def make_trainer(model: nn.Module, teacher: str | None, name: str, lr: float, da
         warmup_steps=args.steps // 20,
         max_grad_norm=1.0,
         bf16=args.bf16,
-        use_cpu=True,
+        use_cpu=args.device == "cpu",
         seed=args.seed,
         logging_steps=max(1, args.steps // 8),
         save_strategy="no",
@@ -128,8 +131,12 @@ def make_trainer(model: nn.Module, teacher: str | None, name: str, lr: float, da
     return kind(model=model, args=arguments, train_dataset=data)
 
 
-def peak_bytes(reset: bool = False) -> int | None:
-    """The most memory this process has held since the last reset, where Linux says so."""
+def peak_bytes(device: str, reset: bool = False) -> int | None:
+    """The most memory since the last reset: of torch on a GPU, or of this process, where Linux says so."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -144,7 +151,7 @@ def run(name: str, density: float, lr: float, at_the_cut: float | None, args: ar
     torch.manual_seed(args.seed)
     train = read_tokens(args.model, args.train, args.train_tokens)
     valid = read_tokens(args.model, args.valid, args.valid_tokens)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     teacher = args.model if "distilled" in name.split(", ") else None
     begin = time.perf_counter()
     model = prepare(model, name, density, train, args)
@@ -156,15 +163,23 @@ def run(name: str, density: float, lr: float, at_the_cut: float | None, args: ar
         data = windows_of(train, args.steps * args.batch, args.window, args.seed)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(model, teacher, name, lr, data, args, folder)
-            peak_bytes(reset=True)
+            peak_bytes(args.device, reset=True)
             trainer.train()
-        line["peak bytes"] = peak_bytes()
+        line["peak bytes"] = peak_bytes(args.device)
         seconds["train"] = trainer.state.log_history[-1]["train_runtime"]
         history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         line |= {"training loss": history, "after": perplexity(model, valid, args)}
     counts = sparsity_report(model)
     state = {"state bytes": counts.trainable_state_bytes, "dense state bytes": counts.dense_state_bytes}
-    return {**line, "density": counts.density, **state, "seconds": seconds, "machine": machine("cpu")}
+    return {**line, "density": counts.density, **state, "seconds": seconds, "machine": machine(args.device)}
+
+
+def run_apart(*arguments) -> dict:
+    """[`run`], in a process of its own where memory is that of the process."""
+    if arguments[-1].device == "cuda":
+        return run(*arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -173,6 +188,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("train", type=Path)
     parser.add_argument("valid", type=Path)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, required=True, help="Lines of JSON, one for each run.")
     parser.add_argument("--runs", nargs="+", required=True, help="'dense', 'lora', or a start with its options.")
     parser.add_argument("--densities", nargs="+", type=float, default=[0.7, 0.5, 0.3, 0.2])
@@ -211,9 +227,7 @@ def main(argv: list[str] | None = None):
                     continue
                 same = settings.items() - {("lr", lr)}  # is cut alike
                 cut = next((line["at the cut"] for line in lines if same <= line.items()), None)
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    line = {**settings, **pool.submit(run, name, density, lr, cut, args).result()}
+                line = {**settings, **run_apart(name, density, lr, cut, args)}
                 lines.append(line)
                 with args.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")

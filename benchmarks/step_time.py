@@ -83,7 +83,7 @@ def main():
     torch.set_num_threads(args.threads)
 
     def model():
-        return make_gpt2(args.layers, args.width, args.context, args.vocabulary).to(args.device)
+        return make_gpt2(args.layers, args.width, args.context, args.vocabulary, device=args.device)
 
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.context), device=args.device)
     rows = []

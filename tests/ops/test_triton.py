@@ -22,7 +22,16 @@ from hf_topkast.storage import Pattern, spread_blocks
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from hf_topkast.ops.triton import block_sparse, expand, forward, grad_input, grad_values, launch, tiles  # noqa: E402
+from hf_topkast.ops.triton import (  # noqa: E402
+    block_sparse,
+    expand,
+    forward,
+    grad_input,
+    grad_values,
+    large_blocks,
+    launch,
+    tiles,
+)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,6 +126,60 @@ def test_every_tile_of_the_block_gradients(tile, monkeypatch):
     monkeypatch.setattr(block_sparse._gradient_kernel, "configs", tiles.configurations([tile]))
     assert_products(problem((96, 256), 70, block_size=(32, 16)))
     assert_products(problem((48, 256), 70, block_size=(16, 64), dtype=torch.bfloat16))
+
+
+LARGE_BLOCKS = [(64, 64), (128, 128), (64, 192), (192, 64), (256, 128), (128, 256)]
+
+
+def kernels_used(monkeypatch) -> list[str]:
+    """Notes the modules whose kernels are launched."""
+    used = []
+    for name, kernels in {"large": large_blocks, "any": block_sparse}.items():
+        for attribute in ("_product_kernel", "_gradient_kernel"):
+            kernel = getattr(kernels, attribute)
+            noting = {"__getitem__": lambda self, grid, name=name, kernel=kernel: used.append(name) or kernel[grid]}
+            monkeypatch.setattr(kernels, attribute, type("Noting", (), noting)())
+    return used
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("block_size", LARGE_BLOCKS)
+def test_large_blocks(block_size, shares, monkeypatch):
+    used = kernels_used(monkeypatch)
+    shape = 3 * block_size[0], 3 * block_size[1]
+    for tokens in (0, 1, 150):
+        assert_products(problem(shape, tokens, shares, torch.bfloat16, block_size=block_size))
+    if shares[1]:
+        assert used[-3:] == ["large", "large", "large" if min(block_size) >= 128 else "any"]
+
+
+@pytest.mark.parametrize("tile", tiles.LARGE_PRODUCT_TILES, ids=str)
+def test_every_tile_of_the_products_of_large_blocks(tile, monkeypatch):
+    monkeypatch.setattr(tiles, "LARGE_PRODUCT_TILES", [tile])
+    monkeypatch.setattr(large_blocks._product_kernel, "configs", tiles.large_product_configurations())
+    assert_products(problem((256, 384), 140, dtype=torch.bfloat16, block_size=(64, 128)))
+
+
+@pytest.mark.parametrize("tile", tiles.LARGE_GRADIENT_TILES, ids=str)
+def test_every_tile_of_the_gradients_of_large_blocks(tile, monkeypatch):
+    monkeypatch.setattr(tiles, "LARGE_GRADIENT_TILES", [tile])
+    configurations = tiles.large_gradient_configurations(large_blocks.GRADIENT_SIDE)
+    monkeypatch.setattr(large_blocks._gradient_kernel, "configs", configurations)
+    assert_products(problem((256, 768), 140, dtype=torch.float16, block_size=(128, 256)))
+
+
+def test_operands_that_descriptors_cannot_fetch(monkeypatch):
+    used = kernels_used(monkeypatch)
+    _, pattern, values, bias, x, dy = problem((256, 256), 20, dtype=torch.bfloat16, block_size=(128, 128))
+
+    def shifted(tensor):
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    want = products(pattern, values, bias, x, dy)
+    assert used == ["large"] * 3
+    for got, wanted in zip(products(pattern, values, bias, shifted(x), shifted(dy)), want):
+        torch.testing.assert_close(got, wanted)
+    assert used[3:] == ["any"] * 3
 
 
 @pytest.mark.parametrize("name", ["PRODUCT_TILES", "GRADIENT_TILES"])

@@ -1,9 +1,10 @@
 """
 The masked products on GPUs, in Triton: fp32, bf16 and fp16, sums in fp32.
 
-Blocks whose sides are multiples of 16 are multiplied as they are (`block_sparse.py`); any other pattern, and float64,
-goes through a dense α of one layer at a time (`expand.py`), which saves memory and no time. With `ends` the pattern
-holds one matrix of each expert of a block, and inputs are (rows, in), sorted by expert: see `ops/grouped.py`.
+Blocks whose sides are multiples of 16 are multiplied as they are (`block_sparse.py`, and on new GPUs `large_blocks.py`
+for those of 64 and more); any other pattern, and float64, goes through a dense α of one layer at a time (`expand.py`),
+which saves memory and no time. With `ends` the pattern holds one matrix of each expert of a block, and inputs are
+(rows, in), sorted by expert: see `ops/grouped.py`.
 
 No product waits for the GPU, and none keeps anything between calls: what layers keep, and change in its place at
 refreshes, a CUDA graph reads anew at each replay. With TRITON_INTERPRET=1, set before Triton is imported, the kernels
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...storage import Pattern
-from . import block_sparse, expand, experts
-from .launch import as_rows, on_device
+from . import block_sparse, expand, experts, large_blocks
+from .launch import as_rows, fetches_tiles, on_device
 
 
 def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, ends: Tensor | None = None) -> Tensor:
@@ -44,7 +45,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, ends: Tensor | None = N
 
 def _kernels(x: Tensor, pattern: Pattern, ends: Tensor | None):
     if pattern.fills_tiles and x.dtype != torch.float64:
-        return block_sparse
+        return large_blocks if fetches_tiles(x) else block_sparse
     return expand if ends is None else experts
 
 

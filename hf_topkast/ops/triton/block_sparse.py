@@ -23,11 +23,17 @@ from .tiles import (
     configurations,
     scale_of,
     tile_of,
+    time_briefly,
     without_spills,
 )
 
 
-@triton.autotune(configurations(PRODUCT_TILES), key=PRODUCT_KEY, prune_configs_by=without_spills("TILE_TOKENS"))
+@triton.autotune(
+    configurations(PRODUCT_TILES),
+    key=PRODUCT_KEY,
+    prune_configs_by=without_spills("TILE_TOKENS"),
+    do_bench=time_briefly,
+)
 # Lists that lie in one tensor begin anywhere.
 @triton.jit(do_not_specialize=["scale"], do_not_specialize_on_alignment=["begins", "features", "stored_at"])
 def _product_kernel(
@@ -101,7 +107,9 @@ def _product_kernel(
     tl.store(y_lines + line * SIDE_N + n[None, :], total.to(y.dtype.element_ty), mask=present)
 
 
-@triton.autotune(configurations(GRADIENT_TILES), key=GRADIENT_KEY, prune_configs_by=without_spills("TILE_K"))
+@triton.autotune(
+    configurations(GRADIENT_TILES), key=GRADIENT_KEY, prune_configs_by=without_spills("TILE_K"), do_bench=time_briefly
+)
 @triton.jit(do_not_specialize=["scale"])
 def _gradient_kernel(
     dy,
@@ -163,12 +171,7 @@ def forward(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, en
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, ends: Tensor | None = None) -> Tensor:
     """dX = dY·α: (tokens, out) → (tokens, in)."""
     experts = count_experts(ends)
-    if experts > 1:
-        walk = _walk_by_experts(pattern, experts)
-    else:
-        walk = pattern.walk_by_columns() if pattern.column_walk is None else pattern.column_walk
-    columns, stored = experts * pattern.shape[1] // pattern.block_size[1], pattern.columns.numel()
-    lists = walk.split([columns + 1, stored, stored])
+    lists = lists_by_columns(pattern, experts)
     shape = pattern.shape[1], pattern.shape[0] // experts
     return _multiply(dy, values, None, *lists, ends, shape, pattern.block_size[::-1])
 
@@ -176,6 +179,16 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, ends: Tensor | None
 def count_experts(ends: Tensor | None) -> int:
     """How many matrices stand one below the other."""
     return 1 if ends is None else len(ends)
+
+
+def lists_by_columns(pattern: Pattern, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each column of blocks begins in two lists, and these: the blocks' rows, and where they are stored."""
+    if experts > 1:
+        walk = _walk_by_experts(pattern, experts)
+    else:
+        walk = pattern.walk_by_columns() if pattern.column_walk is None else pattern.column_walk
+    columns, stored = experts * pattern.shape[1] // pattern.block_size[1], pattern.columns.numel()
+    return walk.split([columns + 1, stored, stored])
 
 
 def _walk_by_experts(pattern: Pattern, experts: int) -> Tensor:

@@ -21,7 +21,7 @@ from .block_sparse import precision
 from .expand import expand_active, gather_stored
 from .launch import INTERPRETED
 from .pieces import add_product, count_tiles, rows_of_expert, rows_of_tile
-from .tiles import scale_of
+from .tiles import scale_of, time_briefly
 
 
 # Rows, outputs and features of a tile, warps, stages.
@@ -57,7 +57,9 @@ def _no_sums(like, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
-@triton.autotune(configurations(PRODUCT_TILES, "TILE_ROWS", "TILE_N", "TILE_K"), key=PRODUCT_KEY)
+@triton.autotune(
+    configurations(PRODUCT_TILES, "TILE_ROWS", "TILE_N", "TILE_K"), key=PRODUCT_KEY, do_bench=time_briefly
+)
 @triton.jit(do_not_specialize=["scale"])
 def _product_kernel(
     x,
@@ -100,7 +102,9 @@ def _product_kernel(
     tl.store(y + row * y_features + n[None, :], total.to(y.dtype.element_ty), mask=present & inside)
 
 
-@triton.autotune(configurations(GRADIENT_TILES, "TILE_M", "TILE_N", "TILE_ROWS"), key=GRADIENT_KEY)
+@triton.autotune(
+    configurations(GRADIENT_TILES, "TILE_M", "TILE_N", "TILE_ROWS"), key=GRADIENT_KEY, do_bench=time_briefly
+)
 @triton.jit(do_not_specialize=["scale", "first_expert", "first_output"])
 def _gradient_kernel(
     dy,

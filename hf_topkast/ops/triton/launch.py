@@ -28,6 +28,11 @@ def as_rows(tensor: Tensor, features: int) -> Tensor:
     return tensor.reshape(tensor.numel() // features, features).contiguous()  # not -1, which 0 tokens leave open
 
 
+def fetches_tiles(tensor: Tensor) -> bool:
+    """Whether a unit of the tensor's GPU copies tiles by descriptors: without it other kernels are faster."""
+    return torch.cuda.get_device_capability(tensor.device) >= (9, 0) if tensor.is_cuda else INTERPRETED
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
