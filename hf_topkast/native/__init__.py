@@ -22,7 +22,7 @@ else:
     extension = _native
 
 # Multiply-adds, or numbers moved, worth waking another thread for.
-GRAIN = 2**15
+GRAIN = None if extension is None else extension.GRAIN
 
 _in_use = extension is not None
 

@@ -10,8 +10,8 @@
 #include "grouped.h"
 #include "isa.h"
 #include "moves.h"
+#include "norms.h"
 #include "passes.h"
-#include "products.h"
 #include "selection.h"
 #include "ways.h"
 
@@ -47,6 +47,7 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> as_tuples(const std::vector<R
 NB_MODULE(_native, m) {
     m.doc() = "Masked products, called by ops/, where handover.py checks every argument, and refreshes, called by storage/ and "
               "sets/.";
+    m.attr("GRAIN") = GRAIN;
     auto released = nb::call_guard<nb::gil_scoped_release>();
 
     nb::class_<Array>(m, "Array").def(nb::init<uintptr_t, int>());
@@ -55,7 +56,6 @@ NB_MODULE(_native, m) {
         .def("part", &Pattern::part);
     nb::class_<Limits>(m, "Limits").def(nb::init<std::vector<double>, std::vector<double>, int64_t, int64_t>())
         .def("sparse", &Limits::sparse);
-    nb::class_<Schedule>(m, "Schedule").def(nb::init<int, int, int, int>());
 
     nb::class_<OneToken>(m, "OneToken")
         .def(nb::init<const std::string&, Pattern, Array, uintptr_t>())
@@ -66,48 +66,6 @@ NB_MODULE(_native, m) {
         for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->name, kernels->width);
         return names;
     });
-    m.def(
-        "forward",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
-           Array x, Array y) {
-            forward(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, x, y);
-        },
-        released);
-    m.def(
-        "forward_few",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
-           Array x, Array y) {
-            forward_few(kernels_named(isa), schedule, pattern, values, (const float*)bias, tokens, x, y);
-        },
-        released);
-    m.def(
-        "forward_dots",
-        [](const std::string& isa, int threads, Pattern pattern, Array values, uintptr_t bias, int64_t tokens,
-           uintptr_t x, uintptr_t y) {
-            forward_dots(kernels_named(isa), threads, pattern, values, (const float*)bias, tokens, (const float*)x,
-                         (float*)y);
-        },
-        released);
-    m.def(
-        "grad_input_few",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, int64_t tokens, Array dy,
-           Array dx) { grad_input_few(kernels_named(isa), schedule, pattern, values, tokens, dy, dx); },
-        released);
-    m.def(
-        "grad_values_few",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
-           Array gradient) { grad_values_few(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
-        released);
-    m.def(
-        "grad_input",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, Array values, int64_t tokens, Array dy,
-           Array dx) { grad_input(kernels_named(isa), schedule, pattern, values, tokens, dy, dx); },
-        released);
-    m.def(
-        "grad_values",
-        [](const std::string& isa, Schedule schedule, Pattern pattern, int64_t tokens, Array dy, Array x,
-           Array gradient) { grad_values(kernels_named(isa), schedule, pattern, tokens, dy, x, gradient); },
-        released);
     m.def(
         "masked_forward",
         [](const std::string& isa, int threads, Pattern pattern, Array values, uintptr_t bias, int64_t tokens, Array x,

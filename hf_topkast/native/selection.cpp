@@ -4,21 +4,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "clones.h"
+#include "keys.h"
 #include "memory.h"
 
 namespace hf_topkast {
 namespace {
 
 constexpr int MOST_SETS = 2;
-constexpr int64_t STRIDE = 16;  // numbers that the compiler compares at once
-constexpr int64_t PIECE = 4096;  // numbers that the first cache holds
 // From so many numbers on a sample says about where the thresholds are, and one pass takes out the numbers near them. If
 // it misleads, or too many numbers lie there, they are sought digit by digit, of 16 bits: two passes then do for fp32, and
 // the counters stay in the second cache. Fewer numbers have a first digit of 11 bits, and those that share it are few
@@ -27,132 +24,8 @@ constexpr int64_t MANY = int64_t(1) << 17;
 constexpr int64_t SAMPLE = int64_t(1) << 18;  // numbers at most, and no more than one of SPARSEST
 constexpr int64_t SPARSEST = 17;              // odd, as all steps: columns of any number are all met
 constexpr int64_t FEW_KEYS = 1 << 13;         // that are put in order as they are
+constexpr int REACH = 16;                     // first digits, about a tenth, that thresholds of two rows lie apart
 constexpr double DEVIATIONS = 5;              // of its own, by which a sample may err
-
-// Bits of floating-point numbers as unsigned integers of the same order.
-template <class Word, bool MAGNITUDES>
-inline Word key_of(Word bits) {
-    if (MAGNITUDES) return Word(bits << 1);
-    using Signed = std::make_signed_t<Word>;
-    constexpr int LAST = 8 * sizeof(Word) - 1;
-    constexpr Word SIGN = Word(Word(1) << LAST);
-    bits = bits == SIGN ? Word(0) : bits;  // -0 is no less than 0
-    return Word(bits ^ (Word(Signed(bits) >> LAST) | SIGN));
-}
-
-// The loops over the numbers stand alone: in a class the compiler would not vectorise them.
-template <bool MAGNITUDES, class Word>
-void count_first_digits(const Word* scores, int64_t count, int shift, uint32_t* counters) {
-    for (int64_t i = 0; i < count; ++i) ++counters[key_of<Word, MAGNITUDES>(scores[i]) >> shift];
-}
-
-// Whether some of STRIDE keys, without their lowest bits, is the one that is sought.
-template <bool MAGNITUDES, class Word>
-inline bool meets(const Word* scores, int shift, Word sought) {
-    Word found = 0;
-    for (int64_t i = 0; i < STRIDE; ++i) found |= Word(key_of<Word, MAGNITUDES>(scores[i]) >> shift) == sought;
-    return found;
-}
-
-template <bool MAGNITUDES, class Word>
-void count_digits(const Word* scores, int64_t count, int below, Word sought, int shift, Word mask, uint32_t* counters) {
-    auto look = [&](int64_t i) {
-        Word key = key_of<Word, MAGNITUDES>(scores[i]);
-        if (Word(key >> below) == sought) ++counters[Word(key >> shift) & mask];
-    };
-    int64_t i = 0;
-    for (; i + STRIDE <= count; i += STRIDE)
-        if (meets<MAGNITUDES>(scores + i, below, sought))
-            for (int64_t j = i; j < i + STRIDE; ++j) look(j);
-    for (; i < count; ++i) look(i);
-}
-
-template <bool MAGNITUDES, class Word>
-Word* take_matches(const Word* scores, int64_t count, int below, Word sought, Word* keys) {
-    for (int64_t i = 0; i < count; ++i) {  // without a branch, which would be guessed wrong too often
-        *keys = key_of<Word, MAGNITUDES>(scores[i]);
-        keys += Word(*keys >> below) == sought;
-    }
-    return keys;
-}
-
-template <bool MAGNITUDES, class Word>
-FOR_EVERY_CPU
-void mark_from(const Word* scores, int64_t count, Word threshold, uint8_t* mask) {
-    for (int64_t i = 0; i < count; ++i) mask[i] = key_of<Word, MAGNITUDES>(scores[i]) >= threshold;
-}
-
-template <bool MAGNITUDES, class Word>
-FOR_EVERY_CPU
-void mark_above(const Word* scores, int64_t count, Word threshold, uint8_t* mask) {
-    for (int64_t i = 0; i < count; ++i) mask[i] = key_of<Word, MAGNITUDES>(scores[i]) > threshold;
-}
-
-// Calls visit(begin, end) for pieces that the caches hold, so that each is read from memory once for all sets.
-template <class Visit>
-void for_pieces(int64_t begin, int64_t end, Visit visit) {
-    for (int64_t i = begin; i < end; i += PIECE) visit(i, std::min(i + PIECE, end));
-}
-
-// First digits near a threshold: those of `low` and `width` more.
-template <class Word>
-struct Window {
-    Word low, width;
-};
-
-template <bool MAGNITUDES, class Word>
-FOR_EVERY_CPU
-int64_t count_above(const Word* scores, int64_t count, int shift, Word high) {
-    uint32_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += Word(key_of<Word, MAGNITUDES>(scores[i]) >> shift) > high;
-    return found;
-}
-
-template <bool MAGNITUDES, class Word>
-FOR_EVERY_CPU
-void mark_window(const Word* scores, int64_t count, int shift, Window<Word> window, uint8_t* inside) {
-    for (int64_t i = 0; i < count; ++i)
-        inside[i] = Word(Word(key_of<Word, MAGNITUDES>(scores[i]) >> shift) - window.low) <= window.width;
-}
-
-// Takes out the keys inside a window; null if there is no room for them.
-template <bool MAGNITUDES, class Word>
-Word* take_window(const Word* scores, int64_t count, int shift, Window<Word> window, Word* keys, const Word* end) {
-    constexpr int64_t BYTES = 8;
-    uint8_t inside[PIECE];
-    mark_window<MAGNITUDES>(scores, count, shift, window, inside);
-    std::fill(inside + count, inside + (count + BYTES - 1) / BYTES * BYTES, 0);
-    for (int64_t i = 0; i < count; i += BYTES) {
-        uint64_t members;
-        std::memcpy(&members, inside + i, BYTES);
-        if (!members) continue;
-        if (keys + BYTES > end) return nullptr;
-        for (; members; members &= members - 1)
-            *keys++ = key_of<Word, MAGNITUDES>(scores[i + __builtin_ctzll(members) / BYTES]);
-    }
-    return keys;
-}
-
-// Of many keys in a small range, keeps those in the bucket of the `wanted`-th largest, and counts it among these.
-template <class Word>
-Word* keep_bucket(int64_t& wanted, Word* keys, Word* end) {
-    constexpr int64_t BUCKETS = 1 << 12;
-    auto [lowest, highest] = std::minmax_element(keys, end);
-    Word low = *lowest;
-    int shift = 0;
-    while (Word(*highest - low) >> shift >= BUCKETS) ++shift;
-    std::vector<int64_t> counters(BUCKETS, 0);
-    for (const Word* key = keys; key < end; ++key) ++counters[Word(*key - low) >> shift];
-    int64_t bucket = BUCKETS - 1;
-    for (; counters[bucket] < wanted; --bucket) wanted -= counters[bucket];
-    Word* next = keys;
-    for (const Word* key = keys; key < end; ++key) {
-        Word kept = *key;
-        *next = kept;
-        next += Word(kept - low) >> shift == Word(bucket);
-    }
-    return next;
-}
 
 // A set of the largest: what lies above the threshold and, before index `until`, what equals it.
 template <class Word>
@@ -173,9 +46,9 @@ class Search {
 
     int64_t begin(int part) const { return numel * part / parts; }
 
-    // The bounds of sets of so many members, each between none and all.
-    void find(const int64_t* counts, int sets, Bound<Word>* bounds) {
-        if (numel >= MANY && find_by_sample(counts, sets, bounds)) return;
+    // The bounds of sets of so many members, each between none and all; perhaps not far from those that are `near`.
+    void find(const int64_t* counts, int sets, Bound<Word>* bounds, const Bound<Word>* near) {
+        if (numel >= MANY ? find_by_sample(counts, sets, bounds) : near && find_near(near, counts, sets, bounds)) return;
         int64_t missing[MOST_SETS];
         for (int set = 0; set < sets; ++set) bounds[set].threshold = 0, missing[set] = counts[set];
         for (int below = BITS, bits = digit(numel); below > 0; below -= bits) {
@@ -208,6 +81,7 @@ class Search {
 
    private:
     static constexpr int BITS = 8 * sizeof(Word), FIRST_OF_FEW = 11;
+    static constexpr int DIGIT = 16, SHIFT = BITS - DIGIT;  // of windows
 
     static int64_t counters_room(int64_t numel, int parts) { return (int64_t(parts) * MOST_SETS) << digit(numel); }
 
@@ -244,13 +118,12 @@ class Search {
 
     // The same as `find`, from the numbers near where a sample has the thresholds; false if they are not there.
     bool find_by_sample(const int64_t* counts, int sets, Bound<Word>* bounds) {
-        constexpr int DIGIT = 16, SHIFT = BITS - DIGIT;
         int64_t step = std::max(SPARSEST, numel / SAMPLE | 1), sampled = 0;
         std::fill(counters, counters + (1 << DIGIT), 0);
         for (int64_t i = 0; i < numel; i += step, ++sampled)
             ++counters[key_of<Word, MAGNITUDES>(scores[i]) >> SHIFT];
-        Window<Word> windows[MOST_SETS];
-        int64_t rooms[MOST_SETS + 1] = {0};  // where the keys of each window begin
+        Window<Word> windows[MOST_SETS] = {};
+        int64_t rooms[MOST_SETS] = {0};
         for (int set = 0; set < sets; ++set) {
             double share = double(counts[set]) / numel, expected = share * sampled;
             double error = DEVIATIONS * std::sqrt(expected * (1 - share)) + 2;
@@ -260,9 +133,32 @@ class Search {
             while (digit > 0 && larger < expected + error) inside += counters[--digit], larger += counters[digit];
             if (inside * 8 > sampled) return false;
             windows[set] = {Word(digit), Word(high - digit)};
-            rooms[set + 1] = rooms[set] + (inside * step * 3 / 2 / parts + STRIDE * 64) * parts;
+            rooms[set] = inside * step * 3 / 2;
         }
-        std::unique_ptr<Word[]> keys(new Word[rooms[sets]]);
+        return find_inside(windows, rooms, counts, sets, bounds);
+    }
+
+    // The same of few numbers, if the bounds are not far from others.
+    bool find_near(const Bound<Word>* near, const int64_t* counts, int sets, Bound<Word>* bounds) {
+        Window<Word> windows[MOST_SETS] = {};
+        int64_t rooms[MOST_SETS] = {0};
+        for (int set = 0; set < sets; ++set) {
+            int digit = near[set].threshold >> SHIFT, low = std::max(0, digit - REACH);
+            windows[set] = {Word(low), Word(std::min((1 << DIGIT) - 1, digit + REACH) - low)};
+            rooms[set] = numel / 4;
+        }
+        return find_inside(windows, rooms, counts, sets, bounds);
+    }
+
+    // The same from the numbers inside windows, for about as many of which there is room; false if it cannot be.
+    bool find_inside(const Window<Word>* windows, const int64_t* rooms, const int64_t* counts, int sets,
+                     Bound<Word>* bounds) {
+        int64_t shares[MOST_SETS] = {0}, firsts[MOST_SETS + 1] = {0};  // of a part; where the keys of windows begin
+        for (int set = 0; set < sets; ++set) {
+            shares[set] = rooms[set] / parts + STRIDE * 64;
+            firsts[set + 1] = firsts[set] + shares[set] * parts;
+        }
+        std::unique_ptr<Word[]> keys(new Word[firsts[sets]]);
         struct Found {
             int64_t above[MOST_SETS] = {0};
             Word *begins[MOST_SETS], *ends[MOST_SETS];
@@ -272,19 +168,15 @@ class Search {
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1) reduction(&& : fits)
         for (int part = 0; part < parts; ++part) {
             Found& own = found[part];
-            Word* rooms_end[MOST_SETS];
-            for (int set = 0; set < sets; ++set) {
-                int64_t share = (rooms[set + 1] - rooms[set]) / parts;
-                own.begins[set] = own.ends[set] = keys.get() + rooms[set] + part * share;
-                rooms_end[set] = own.begins[set] + share;
-            }
+            for (int set = 0; set < sets; ++set)
+                own.begins[set] = own.ends[set] = keys.get() + firsts[set] + part * shares[set];
             for_pieces(begin(part), begin(part + 1), [&](int64_t from, int64_t to) {
                 for (int set = 0; set < sets && fits; ++set) {
                     Window<Word> window = windows[set];
                     own.above[set] += count_above<MAGNITUDES>(scores + from, to - from, SHIFT,
                                                               Word(window.low + window.width));
                     own.ends[set] = take_window<MAGNITUDES>(scores + from, to - from, SHIFT, window, own.ends[set],
-                                                            rooms_end[set]);
+                                                            own.begins[set] + shares[set]);
                     fits = own.ends[set];
                 }
             });
@@ -292,7 +184,7 @@ class Search {
         if (!fits) return false;
         for (int set = 0; set < sets; ++set) {
             int64_t wanted = counts[set];
-            Word *first = keys.get() + rooms[set], *last = first;
+            Word *first = keys.get() + firsts[set], *last = first;
             for (const Found& own : found) {
                 wanted -= own.above[set];
                 last = std::copy(own.begins[set], own.ends[set], last);
@@ -358,49 +250,36 @@ void mark(const Word* scores, int64_t rows, int64_t columns, const Marking* mark
     int64_t room = Finder::room(columns, parts);
     // Zeroed where they are used.
     std::unique_ptr<uint32_t[]> counters(new uint32_t[within ? room : room * threads]);
-#pragma omp parallel for schedule(static) num_threads(threads) if (!within)
-    for (int64_t row = 0; row < rows; ++row) {
-        uint32_t* own = within ? counters.get() : counters.get() + omp_get_thread_num() * room;
-        Finder search(scores + row * columns, columns, parts, within ? threads : 1, own);
-        int64_t counts[MOST_SETS];
-        Bound<Word> bounds[MOST_SETS];
+    auto mark_row = [&](int64_t row, uint32_t* own, int sharing, Bound<Word>* bounds, bool near) {
+        Finder search(scores + row * columns, columns, parts, sharing, own);
+        int64_t counts[MOST_SETS] = {0};
         for (int set = 0; set < sets; ++set)
             counts[set] = markings[set].count / rows + (row < markings[set].count % rows);
-        search.find(counts, sets, bounds);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (within && threads > 1)
+        search.find(counts, sets, bounds, near ? bounds : nullptr);
+#pragma omp parallel for schedule(static, 1) num_threads(sharing) if (sharing > 1)
         for (int part = 0; part < parts; ++part)
             for_pieces(search.begin(part), search.begin(part + 1), [&](int64_t from, int64_t to) {
                 for (int set = 0; set < sets; ++set)
                     search.mark(bounds[set], from, to, markings[set].mask + row * columns);
             });
+    };
+    if (within) {  // in no region: one inside another would make its threads anew
+        Bound<Word> bounds[MOST_SETS];
+        return mark_row(0, counters.get(), threads, bounds, false);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        Bound<Word> bounds[MOST_SETS];
+        bool near = false;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            mark_row(row, counters.get() + omp_get_thread_num() * room, 1, bounds, near);
+            near = columns >= PIECE / 8;  // of fewer it is not worth the memory
+        }
     }
 }
 
 }  // namespace
-
-FOR_EVERY_CPU
-void add_squares(const float* numbers, int64_t count, double* sums) {
-    for (int64_t i = 0; i < count; ++i) sums[i] += double(numbers[i]) * double(numbers[i]);
-}
-
-void block_norms(const float* theta, int64_t rows, int64_t columns, int64_t height, int64_t width, float* norms,
-                 int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<double> sums(columns);  // of the columns of a row of blocks
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows / height; ++row) {
-            std::fill(sums.begin(), sums.end(), 0);
-            for (int64_t i = 0; i < height; ++i)
-                add_squares(theta + (row * height + i) * columns, columns, sums.data());
-            for (int64_t block = 0; block < columns / width; ++block) {
-                double sum = 0;
-                for (int64_t j = 0; j < width; ++j) sum += sums[block * width + j];
-                norms[row * (columns / width) + block] = float(std::sqrt(sum));
-            }
-        }
-    }
-}
 
 void mark_largest(const Array& scores, bool magnitudes, int64_t rows, int64_t columns, const Marking* markings,
                   int sets, int threads) {

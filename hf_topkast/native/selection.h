@@ -1,4 +1,4 @@
-// The largest of many numbers, exactly, without sorting or copying them all; and what ranks blocks.
+// The largest of many numbers, exactly, without sorting or copying them all.
 #pragma once
 
 #include "operands.h"
@@ -15,9 +15,5 @@ struct Marking {
 // `scores` are fp32, or (2 bytes) bf16 or fp16, without NaN; with `magnitudes` they rank without their signs.
 void mark_largest(const Array& scores, bool magnitudes, int64_t rows, int64_t columns, const Marking* markings,
                   int sets, int threads);
-
-// L2 norms of the blocks of a weight, (rows / height, columns / width), summed in fp64.
-void block_norms(const float* theta, int64_t rows, int64_t columns, int64_t height, int64_t width, float* norms,
-                 int threads);
 
 }  // namespace hf_topkast

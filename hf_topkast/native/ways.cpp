@@ -8,8 +8,6 @@
 namespace hf_topkast {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;  // multiply-adds worth waking another thread for
-
 // Vectors of a tile's line that the kernels keep in registers: powers of two up to this.
 constexpr int64_t MAX_VECTORS = 8;
 // Sizes measured on an AVX-512 CPU (48 KB of first cache, 2 MB of second), with torch 2.13 and 2 threads.

@@ -7,7 +7,9 @@
 
 namespace hf_topkast {
 
-// How many threads so many multiply-adds are worth.
+constexpr int64_t GRAIN = 1 << 15;  // multiply-adds, or numbers moved, worth waking another thread for
+
+// How many threads so much work is worth.
 int threads_for(int64_t work, int most);
 
 // As `forward`, `grad_input` and `grad_values` of products.h, on `threads` threads at most.

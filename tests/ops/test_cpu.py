@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_topkast import native
 from hf_topkast.ops import BACKENDS, implementation, masked_linear, reference
 from hf_topkast.storage import Pattern
 
@@ -118,17 +117,15 @@ def test_many_rows_are_worked_in_groups():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-def test_any_number_of_threads(count, tokens, threads, monkeypatch):
+def test_any_number_of_threads(count, tokens, threads):
     threads(count)
-    monkeypatch.setattr(native, "GRAIN", 1)
     case = problem((100, 200), tokens)
     assert_products(case)
     first, second = products(*case[1:]), products(*case[1:])
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_concurrent_calls_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(native, "GRAIN", 1)
+def test_concurrent_calls_do_not_disturb_each_other():
     cases = [problem((60 + i, 90), 130, seed=i) for i in range(8)]
     alone = [products(*case[1:]) for case in cases]
     with ThreadPoolExecutor(4) as pool:

@@ -91,3 +91,15 @@ def test_columns_of_a_larger_tensor():
     scores = torch.randn(40, 60)
     assert_as_sorted(scores[:, 10:30], (100, 300), True, True)
     assert_as_sorted(scores.T, (100, 300), False, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_rows_like_and_unlike_the_ones_before(dtype, magnitudes):
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.randn(40, 1200, generator=generator)
+    scales = 10.0 ** torch.randint(-3, 3, (40, 1), generator=generator)
+    for scores in (alike, alike * scales, (alike * 3).round(), torch.where(alike > 1, alike, -1.0)):
+        scores = scores.to(dtype)
+        for counts in ((4_800, 9_600), (40, 47_990), (7, 24_000), (0, 48_000)):
+            assert_as_sorted(scores, counts, True, magnitudes)
