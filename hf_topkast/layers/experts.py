@@ -7,7 +7,8 @@ that neither experts that stay dense nor who changes the model's configuration l
 """
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..ops import runs_one_token
 from ..ops.grouped import owners
 from ..storage import dense_state
 from .grouped import TopKastGroupedLinear
@@ -205,20 +207,47 @@ def topkast_experts_forward(
             f"of {type(self).__name__} are dense. Leave it out."
         )
     biases = [getattr(self, f"{key}_bias") if self.has_bias else None for key in (first, "down_proj")]
-    count, top_k = top_k_index.shape
-    chosen, order = top_k_index.reshape(-1).sort(stable=True)
-    experts = torch.arange(layers[0].shape[0], dtype=chosen.dtype, device=chosen.device)
-    ends = torch.searchsorted(chosen, experts, right=True).int()
+    (count, top_k), weights = top_k_index.shape, top_k_weights.reshape(-1, 1)
+    products = _products_of_one_token(layers, biases, hidden_states, top_k_index)
+    if products:  # there is nothing to sort
+        y = _outputs(self, hidden_states, products, weights)
+    else:
+        chosen, order = top_k_index.reshape(-1).sort(stable=True)
+        experts = torch.arange(layers[0].shape[0], dtype=chosen.dtype, device=chosen.device)
+        ends = torch.searchsorted(chosen, experts, right=True).int()
+        products = [
+            functools.partial(_product, layer, ends=ends, bias=bias, is_transposed=self.is_transposed)
+            for layer, bias in zip(layers, biases)
+        ]
+        y = _outputs(self, hidden_states[order // top_k], products, weights[order])
+        # Not added to where each token is: sums of equal weights would depend on the order of threads.
+        y = y[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
+    return y.view(count, top_k, -1).sum(1).to(hidden_states.dtype)
 
-    y = _product(layers[0], hidden_states[order // top_k], ends, biases[0], self.is_transposed)
+
+def _outputs(self: nn.Module, x: Tensor, products: list[Callable[[Tensor], Tensor]], weights: Tensor) -> Tensor:
+    """What experts make of rows of inputs, times weights, (rows, 1)."""
+    y = products[0](x)
     y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-    y = _product(layers[1], y, ends, biases[1], self.is_transposed)
+    y = products[1](y)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order, None]
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    # Not added to where each token is: sums of equal weights would depend on the order of threads.
-    return y[places].view(count, top_k, -1).sum(1).to(hidden_states.dtype)
+    return y * weights
+
+
+def _products_of_one_token(
+    layers: list[GroupedProduct | Tensor], biases: list[Tensor | None], x: Tensor, top_k_index: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """The two products with the experts of one token, a row for each in their order; none if there is more to do."""
+    if not all(isinstance(layer, TopKastGroupedLinear) for layer in layers) or top_k_index.dtype != torch.int64:
+        return []
+    if not all(runs_one_token(x, layers[0].in_features, layer.backend) for layer in layers):
+        return []
+    prepared = [layer.for_one_token() for layer in layers]
+    if not all(product and product.takes(bias) for product, bias in zip(prepared, biases)):
+        return []
+    chosen = top_k_index.reshape(-1)
+    return [functools.partial(product, chosen=chosen, bias=bias) for product, bias in zip(prepared, biases)]
 
 
 def _product(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..ops import prepare_one_token
 from ..ops.grouped import grouped_linear
 from ..storage import ExpertSquares
 from .base import TopKastLayer
@@ -12,6 +13,7 @@ from .stacked import GroupedProduct
 
 
 if TYPE_CHECKING:
+    from ..ops.one_token import ExpertsOfOneToken
     from .experts import ExpertStack
 
 
@@ -73,6 +75,19 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         y = grouped_linear(x, ends, self._trained(self.values), self.pattern, bias, self.backend)
         self._show(x, y, ends)
         return y
+
+    def for_one_token(self) -> "ExpertsOfOneToken | None":
+        """
+        The products of one token where [`runs_one_token`] finds one, or `None` if they are not for the type or place
+        of the weights, or if somebody has to see the layer being called.
+        """
+        if self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self):
+            return None
+        self.check_sets()
+        product = self._one_token
+        if product is None or not product.fits(self._parameters, self._buffers):
+            product = self._one_token = prepare_one_token(self.values, self.pattern, None, self.experts)
+        return product
 
     def new_input_watch(self) -> ExpertSquares:
         """What sees the sizes of each expert's inputs, as the layer's `input_watch`."""

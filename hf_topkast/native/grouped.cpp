@@ -154,4 +154,20 @@ std::vector<Rows> grouped_grad_values(const Kernels& kernels, int threads, const
     return found.dense;
 }
 
+void ExpertsOfOneToken::multiply(int threads, const int64_t* chosen, int64_t count, const float* bias, const float* x,
+                                 int64_t apart, float* y) const {
+    int64_t out = pattern.out_features / experts;
+    std::vector<Dots> dots;
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t expert = chosen[i];
+        Array to = {uintptr_t(y + i * out), sizeof(float)};
+        if (expert < 0 || expert >= experts)
+            clear(to, 0, out);
+        else
+            dots.push_back({pattern.part(expert * out, out), bias ? bias + expert * out : nullptr, 1,
+                            {uintptr_t(x + i * apart), sizeof(float)}, to});
+    }
+    forward_dots(kernels, threads, values, dots);
+}
+
 }  // namespace hf_topkast

@@ -44,4 +44,17 @@ std::vector<Rows> grouped_grad_input(const Kernels& kernels, int threads, const 
 std::vector<Rows> grouped_grad_values(const Kernels& kernels, int threads, const Experts& experts,
                                       const Limits& limits, const Array& dy, const Array& x, const Array& gradient);
 
+// The forward pass of one fp32 token, whose experts need no sorting, with all that stays the same from token to token.
+struct ExpertsOfOneToken {
+    const Kernels& kernels;
+    Pattern pattern;  // of the (experts · out, in) matrix
+    int64_t experts;
+    Array values;
+
+    // y[i] = x[i]·αₑᵀ + bₑ with e = chosen[i], zero if there is no expert e. `bias` as above. An input is `apart` numbers
+    // behind the one before; 0 if it is the same for all.
+    void multiply(int threads, const int64_t* chosen, int64_t count, const float* bias, const float* x, int64_t apart,
+                  float* y) const;
+};
+
 }  // namespace hf_topkast

@@ -113,6 +113,20 @@ NB_MODULE(_native, m) {
         },
         released);
 
+    nb::class_<ExpertsOfOneToken>(m, "ExpertsOfOneToken")
+        .def("__init__",
+             [](ExpertsOfOneToken* self, const std::string& isa, Pattern pattern, int64_t experts, Array values) {
+                 new (self) ExpertsOfOneToken{kernels_named(isa), pattern, experts, values};
+             })
+        .def(
+            "multiply",
+            [](const ExpertsOfOneToken& self, int threads, uintptr_t chosen, int64_t count, uintptr_t bias, uintptr_t x,
+               int64_t apart, uintptr_t y) {
+                self.multiply(threads, (const int64_t*)chosen, count, (const float*)bias, (const float*)x, apart,
+                              (float*)y);
+            },
+            released);
+
     m.def("expand", &expand, released);
     m.def("gather", &gather, released);
 

@@ -22,7 +22,7 @@ from . import composite, costs, reference
 
 
 if TYPE_CHECKING:
-    from .one_token import OneToken
+    from .one_token import Prepared
 
 logger = logging.get_logger(__name__)
 
@@ -137,11 +137,16 @@ def runs_one_token(x: Tensor, in_features: int, backend: str) -> bool:
     )
 
 
-def prepare_one_token(values: Tensor, pattern: Pattern, bias: Tensor | None) -> "OneToken | None":
-    """The product of one token with these weights, or `None` if it is not for their type or place."""
+def prepare_one_token(
+    values: Tensor, pattern: Pattern, bias: Tensor | None, experts: int | None = None
+) -> "Prepared | None":
+    """
+    The product of one token with these weights, with a number of experts with those of them that are chosen; `None` if
+    it is not for the type or place of the weights.
+    """
     from .one_token import prepare  # which only an installation with kernels can
 
-    return prepare(values, pattern, bias)
+    return prepare(values, pattern, bias, experts)
 
 
 def _check_operands(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None):

@@ -1,8 +1,8 @@
 """
-The product of one float32 token on a CPU, with the weights checked and handed over beforehand.
+The products of one float32 token on a CPU, with the weights checked and handed over beforehand.
 
-Generation repeats it for every token. It takes no longer than its weights take to come from memory, and what Python
-would do around it each time as long again.
+Generation repeats them for every token. They take no longer than their weights take to come from memory, and what
+Python would do around them each time as long again.
 """
 
 import torch
@@ -14,22 +14,14 @@ from .cpu import isa
 from .handover import structure
 
 
-class OneToken:
+class Prepared:
     """
-    y = x·αᵀ + b for one token. It reads the weights where they lie: a change in place counts, and `fits` says whether
-    they still lie there.
-
-    Args:
-        values (`torch.Tensor`): float32, (|B|,), contiguous, on the CPU.
-        pattern ([`Pattern`]): where the values stand.
-        bias (`torch.Tensor`, *optional*): float32, (out,), contiguous, on the CPU.
+    What a product keeps from token to token. It reads the weights where they lie: a change in place counts, and `fits`
+    says whether they still lie there.
     """
 
-    def __init__(self, values: Tensor, pattern: Pattern, bias: Tensor | None):
-        self._out_features, self._stored = pattern.shape[0], pattern.stored
+    def __init__(self, values: Tensor, pattern: Pattern, bias: Tensor | None = None):
         self._place = place(values, pattern.row_offsets, pattern.columns, bias)
-        bias_address = 0 if bias is None else bias.data_ptr()
-        self._multiply = _native.OneToken(isa, structure(pattern), array(values), bias_address).multiply
 
     def fits(self, parameters: dict[str, Tensor | None], buffers: dict[str, Tensor | None]) -> bool:
         """Whether a layer still has the same tensors. By its tables, for `nn.Module` looks names up more slowly."""
@@ -39,6 +31,26 @@ class OneToken:
         # A bias that is parametrised is in neither table.
         return self._place == place(parameters["values"], buffers["row_offsets"], columns, parameters.get("bias"))
 
+    def __reduce__(self):  # addresses are of no use in a copy or another process
+        return type(None), ()
+
+
+class OneToken(Prepared):
+    """
+    y = x·αᵀ + b for one token.
+
+    Args:
+        values (`torch.Tensor`): float32, (|B|,), contiguous, on the CPU.
+        pattern ([`Pattern`]): where the values stand.
+        bias (`torch.Tensor`, *optional*): float32, (out,), contiguous, on the CPU.
+    """
+
+    def __init__(self, values: Tensor, pattern: Pattern, bias: Tensor | None):
+        super().__init__(values, pattern, bias)
+        self._out_features, self._stored = pattern.shape[0], pattern.stored
+        bias_address = 0 if bias is None else bias.data_ptr()
+        self._multiply = _native.OneToken(isa, structure(pattern), array(values), bias_address).multiply
+
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out), of one token as [`runs_one_token`] finds it."""
         x = x.contiguous()
@@ -46,8 +58,53 @@ class OneToken:
         self._multiply(thread_count(self._stored), x.data_ptr(), y.data_ptr())
         return y
 
-    def __reduce__(self):  # addresses are of no use in a copy or another process
-        return type(None), ()
+
+class ExpertsOfOneToken(Prepared):
+    """
+    y = x·αₑᵀ + bₑ for one token and each expert e that is chosen for it, in the order in which they are chosen.
+
+    Args:
+        values (`torch.Tensor`): float32, (|B|,), contiguous, on the CPU.
+        pattern ([`Pattern`]): where the values stand in the (experts · out, in) matrix.
+        experts (`int`): how many there are.
+    """
+
+    def __init__(self, values: Tensor, pattern: Pattern, experts: int):
+        super().__init__(values, pattern)
+        self._bias_shape, self._in_features = (experts, pattern.shape[0] // experts), pattern.shape[1]
+        self._multiply = _native.ExpertsOfOneToken(isa, structure(pattern), experts, array(values)).multiply
+
+    def takes(self, bias: Tensor | None) -> bool:
+        """Whether a bias is one that the product reads."""
+        return bias is None or (bias.shape == self._bias_shape and is_readable(bias))
+
+    def __call__(self, x: Tensor, chosen: Tensor, bias: Tensor | None) -> Tensor:
+        """
+        The products of one token.
+
+        Args:
+            x (`torch.Tensor`): float32, (1, in), the same for all experts, or (k, in), one row for each.
+            chosen (`torch.Tensor`): int64, (k,), contiguous. Numbers that no expert has give zero.
+            bias (`torch.Tensor`, *optional*): (experts, out), as [`takes`] says.
+
+        Returns:
+            `torch.Tensor`: (k, out).
+
+        Raises:
+            ValueError: if the input is of another type or shape.
+        """
+        count = len(chosen)
+        if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self._in_features or len(x) not in (1, count):
+            raise ValueError(
+                f"An input of {x.dtype} and shape {tuple(x.shape)} is not that of one token for {count} sparse "
+                f"experts of {self._in_features} inputs: torch.float32, one row, or one for each expert."
+            )
+        x = x.contiguous()
+        y = x.new_empty(count, self._bias_shape[1])
+        apart = self._in_features if len(x) > 1 else 0
+        addresses = chosen.data_ptr(), count, 0 if bias is None else bias.data_ptr(), x.data_ptr(), apart, y.data_ptr()
+        self._multiply(torch.get_num_threads(), *addresses)
+        return y
 
 
 def place(values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | None) -> tuple:
@@ -65,12 +122,23 @@ def place(values: Tensor, row_offsets: Tensor, columns: Tensor, bias: Tensor | N
     )
 
 
-def prepare(values: Tensor, pattern: Pattern, bias: Tensor | None) -> OneToken | None:
-    """The product of a layer's weights, or `None` if they are not of the type and in the place that it reads."""
-    tensors = (values, pattern.columns) if bias is None else (values, pattern.columns, bias)
-    floats = all(tensor.dtype == torch.float32 for tensor in (tensors[0], *tensors[2:]))
-    readable = all(type(tensor.data) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
+def prepare(values: Tensor, pattern: Pattern, bias: Tensor | None, experts: int | None = None) -> Prepared | None:
+    """
+    The product of a layer's weights, or with a number of experts of those that are chosen; `None` if the weights are
+    not of the type and in the place that it reads.
+    """
+    floats = (values,) if bias is None else (values, bias)
     whole = values.shape == (pattern.stored,) and (bias is None or bias.shape == pattern.shape[:1])
-    if not (floats and readable and whole and all(tensor.is_contiguous() for tensor in tensors)):
+    if not (whole and all(map(is_readable, floats)) and is_readable(pattern.columns, pattern.columns.dtype)):
         return None
-    return OneToken(values, pattern, bias)
+    return OneToken(values, pattern, bias) if experts is None else ExpertsOfOneToken(values, pattern, experts)
+
+
+def is_readable(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the numbers of a tensor lie in memory as the extension reads them."""
+    return (
+        type(tensor.data) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype == dtype
+        and tensor.is_contiguous()
+    )
