@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..layers import TopKastLayer
+from ..layers import TopKastGroupedLinear, TopKastLayer
 from ..method import get_method
 from ..ops.reference import expand_active
 from ..storage import (
@@ -104,7 +104,8 @@ def split_state_dict(
                 f"with score={info.config.score!r}. Nothing is written: sparsify the model anew with calibration."
             )
         shapes[name], digests[name] = pattern.shape, weight_digests(alpha[active])
-    return stock, SparseState(tensors, info.config, shapes, digests, info.step)
+    experts = {name: layer.experts for name, layer in sparse_layers(model) if isinstance(layer, TopKastGroupedLinear)}
+    return stock, SparseState(tensors, info.config, shapes, digests, info.step, experts=experts)
 
 
 def _places(model: nn.Module) -> dict[TopKastLayer, list[str]]:

@@ -28,7 +28,7 @@ def compact_state(model: nn.Module, stock: dict[str, Tensor], state: SparseState
         tensors[f"{name}.values"] = layer.to_rows(alpha)[state.masks(name)[0]]
         # Of experts in three dimensions, which survive being split and transposed on the way to their names on disk.
         stock[key] = alpha.new_empty((len(alpha), 0, 0) if alpha.ndim == 3 else 0)
-    return SparseState(tensors, state.config, state.shapes, digests={}, step=state.step, compact=True)
+    return SparseState(tensors, state.config, state.shapes, {}, state.step, compact=True, experts=state.experts)
 
 
 class EmptyLayer(nn.Module):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class SparseState:
             dtype that they are loaded in; empty in an export.
         step (`int`): optimizer steps taken.
         compact (`bool`): whether it is a compact export, which holds α in place of what training needs.
+        experts (`dict[str, int]`): how many there are, of each layer of experts; empty in older files.
     """
 
     tensors: dict[str, Tensor]
@@ -56,6 +57,7 @@ class SparseState:
     digests: dict[str, dict[str, str]]
     step: int
     compact: bool = False
+    experts: dict[str, int] = field(default_factory=dict)
 
     def masks(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of a layer as bool masks of shape (out, in); an export has no B\\A."""
@@ -88,7 +90,8 @@ def write_state(state: SparseState, directory: str | os.PathLike[str]) -> None:
         "shapes": json.dumps(state.shapes),
         "digests": json.dumps(state.digests),
         "step": str(state.step),
-        # For readers of the header only: |A| and |B| of each layer. Files of 0.1.0 lack it.
+        # For readers of the header only: how many experts a layer has, and |A| and |B|. Files of 0.1.0 lack both.
+        "experts": json.dumps(state.experts),
         "counts": json.dumps({name: [int(mask.sum()) for mask in state.masks(name)] for name in state.shapes}),
     }
     metadata["digest"] = digest(state.tensors, metadata)
@@ -150,6 +153,7 @@ def _parse(tensors: dict[str, Tensor], metadata: dict[str, str]) -> SparseState:
         digests={name: dict(found) for name, found in digests.items()},
         step=int(metadata["step"]),
         compact=metadata.get("kind") == "compact",
+        experts={name: int(count) for name, count in json.loads(metadata.get("experts", "{}")).items()},
     )
 
 

@@ -116,7 +116,10 @@ def _weight(checkpoint: Checkpoint, name: str, mask: np.ndarray) -> np.ndarray |
         return alpha
     file = checkpoint.find(f"{name}.weight")
     if file is None and state is None:
-        raise ValueError(f"{checkpoint.name} has no '{name}.weight': compare two checkpoints of one model.")
+        raise ValueError(
+            f"{checkpoint.name} has no '{name}.weight': compare two checkpoints of one model, both of them sparse "
+            "where files give layers other names than the model does, as they do experts."
+        )
     if file is None:
         return None
     found = file.tensors[f"{name}.weight"]

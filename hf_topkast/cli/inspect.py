@@ -42,12 +42,8 @@ def print_summary(summary: CheckpointSummary):
     totals = summary.totals()
     print_lines(_headline(summary))
     if summary.layers:
-        rows = (
-            _row(layer.name, "×".join(map(str, layer.shape)), vars(layer) | layer.to_dict())
-            for layer in summary.layers
-        )
-        in_files = [layer.file_bytes for layer in summary.layers]
-        totals_row = totals | {"file_bytes": None if None in in_files else sum(in_files)}
+        rows = (_row(layer.name, layer.shape_text, layer.to_dict()) for layer in summary.layers)
+        totals_row = totals | {"file_bytes": sum(layer.file_bytes for layer in summary.layers)}
         columns = ["layer", ">shape", ">weights", ">A", ">B", ">density", ">backward", ">MiB in files", ">in training"]
         print_table(columns, rows, [_row("all of them", "", totals_row)])
         print_lines(

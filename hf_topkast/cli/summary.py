@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 from ..headers import READABLE_VERSIONS, FileHeader, count_bits, count_nonzero
@@ -24,11 +23,12 @@ class LayerSummary:
 
     Attributes:
         name (`str`): in the model that wrote it.
-        shape (`list[int]`): (out, in).
+        shape (`list[int]`): (out, in), of experts that of one; of a dense tensor its own.
         dtype (`str`): as safetensors names it.
         weights, active, stored (`int`): n, |A| and |B|.
-        file_bytes (`int`): its bytes in all files; `None` where the files give the weight another name.
+        file_bytes (`int`): its bytes in all files.
         training_bytes (`int`, *optional*): values, gradients, two Adam moments, indices and reservoir in training.
+        experts (`int`, *optional*): how many there are; `None` where it is one matrix.
     """
 
     name: str
@@ -37,8 +37,15 @@ class LayerSummary:
     weights: int
     active: int
     stored: int
-    file_bytes: int | None = None
+    file_bytes: int
     training_bytes: int | None = None
+    experts: int | None = None
+
+    @property
+    def shape_text(self) -> str:
+        """`1536 × 2048`, or of experts `128 × (1536 × 2048)`."""
+        sides = " × ".join(map(str, self.shape))
+        return sides if self.experts is None else f"{self.experts} × ({sides})"
 
     @property
     def density(self) -> float:
@@ -128,8 +135,9 @@ def summarize(checkpoint: Checkpoint, count_zeros: bool = False) -> CheckpointSu
         )
     compact = metadata.get("kind") == "compact"
     settings = json.loads(metadata["config"])
+    experts = json.loads(metadata.get("experts", "{}"))
     layers = [
-        _sparse_layer(checkpoint, name, shape, settings, compact)
+        _sparse_layer(checkpoint, name, shape, experts.get(name), settings, compact)
         for name, shape in json.loads(metadata["shapes"]).items()
     ]
     parameters = held + (sum(layer.weights for layer in layers) if compact else 0)
@@ -151,21 +159,36 @@ def _matrices(checkpoint: Checkpoint) -> Iterator[LayerSummary]:
 
 
 def _sparse_layer(
-    checkpoint: Checkpoint, name: str, shape: list[int], settings: dict[str, Any], compact: bool
+    checkpoint: Checkpoint,
+    name: str,
+    rows_and_columns: list[int],
+    experts: int | None,
+    settings: dict[str, Any],
+    compact: bool,
 ) -> LayerSummary:
+    rows, columns = rows_and_columns
     state = checkpoint.state
     own = {kind: state.tensors[f"{name}.{kind}"] for kind in KINDS if f"{name}.{kind}" in state.tensors}
     kept = own["values" if compact else "rest"]
     active, stored = _counts(state, name, compact)
-    layer = LayerSummary(name, shape, kept.dtype, prod(shape), active, stored)
-    file = checkpoint.find(f"{name}.weight")
-    if file is not None:
-        layer.file_bytes = file.tensors[f"{name}.weight"].nbytes + sum(tensor.nbytes for tensor in own.values())
+    in_files = sum(tensor.nbytes for tensor in own.values())
+    if not compact:
+        in_files += _weight_bytes(checkpoint, name) or rows * columns * ITEM_BYTES[kept.dtype]
+    shape, counts = [rows // (experts or 1), columns], (rows * columns, active, stored)
+    layer = LayerSummary(name, shape, kept.dtype, *counts, file_bytes=in_files, experts=experts)
     if not compact:
         keeps_values = kept.numel == layer.weights - active
         norms = own["input_norms"].nbytes if "input_norms" in own else 0
         layer.training_bytes = norms + _training_bytes(layer, ITEM_BYTES[kept.dtype], keeps_values, settings)
     return layer
+
+
+def _weight_bytes(checkpoint: Checkpoint, name: str) -> int | None:
+    """What α takes; `None` where the files have it under another name or in pieces, as experts of many families."""
+    for key in (f"{name}.weight", name):
+        if file := checkpoint.find(key):
+            return file.tensors[key].nbytes
+    return None
 
 
 def _counts(state: FileHeader, name: str, compact: bool) -> tuple[int, int]:
@@ -181,7 +204,7 @@ def _counts(state: FileHeader, name: str, compact: bool) -> tuple[int, int]:
 def _training_bytes(layer: LayerSummary, size: int, keeps_values: bool, settings: dict[str, Any]) -> int:
     """What a layer takes in training with Adam, as `sparsity_report` counts it, with a reservoir in memory."""
     height, width = settings.get("block_size") or (1, 1)
-    rows, columns = prod(layer.shape[:-1]) // height, layer.shape[-1] // width
+    rows, columns = layer.shape[0] * (layer.experts or 1) // height, layer.shape[1] // width
     blocks = layer.stored // (height * width)
     copies = COPIES_IN_TRAINING + (settings.get("new_state") == "fresh")
     offsets = (2 * rows + 1) * (4 if blocks < 2**31 else 8)

@@ -5,11 +5,13 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import (
+    experts,
     fine_tuning,
     generate,
     inspect_files,
@@ -57,6 +59,19 @@ def test_runs_and_writes(module, tmp_path, monkeypatch, capsys):
     assert written["--plot"].read_bytes().startswith(b"\x89PNG")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(result["rows"])
+
+
+@pytest.mark.parametrize("measure", experts.MEASURES)
+def test_experts(measure, tmp_path, monkeypatch):
+    if measure == "refresh" and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("it asks Linux how large the process is")
+    sizes = ["--shapes", "4,8,16,2,6", "--settings", "0.3/0.5", "--layers", "1", "--new-tokens", "2"]
+    options = ["--gigabytes", "0.0001", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", measure, *sizes, *options])
+    experts.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows and all(row["density / backward"] == "0.3 / 0.5" for row in rows)
+    assert all(math.isfinite(row[bar]) for row in rows for bar in experts.MEASURES[measure][1])
 
 
 def test_interleaved_pairs():

@@ -4,15 +4,16 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_families import make_family
 from toy_models import make_gpt2, make_llama
 from transformers import AutoModelForCausalLM
 
-from hf_topkast import headers, sparsify, sparsity_report
+from hf_topkast import export_sparse, headers, sparsify, sparsity_report
 from hf_topkast.cli import checkpoint as checkpoint_module
 
 
-SAME = ("name", "shape", "weights", "active", "stored", "density", "backward_density")
+SAME = ("name", "shape", "experts", "weights", "active", "stored", "density", "backward_density")
 
 
 def by_report(model):
@@ -52,6 +53,41 @@ def test_bytes_in_training_are_those_of_the_report(tmp_path, run_json, make, nam
     found = run_json("inspect", tmp_path)
     expected = {row.name: row.trainable_state_bytes for row in sparsity_report(model).rows}
     assert {layer["name"]: layer["training_bytes"] for layer in found["layers"]} == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_one_matrix_each_on_disk_and_as_a_stack(tmp_path, run, run_json, family):
+    model = sparsify(make_family(family), density=0.3)
+    model.save_pretrained(tmp_path / "sparse")
+    export_sparse(model, tmp_path / "compact")
+    found, report = run_json("inspect", tmp_path / "sparse"), sparsity_report(model)
+    assert [{key: layer[key] for key in SAME} for layer in found["layers"]] == by_report(model)
+    assert [layer["training_bytes"] for layer in found["layers"]] == [row.trainable_state_bytes for row in report.rows]
+    experts = next(layer for layer in found["layers"] if layer["name"].endswith("layers.0.mlp.experts.gate_up_proj"))
+    assert (experts["experts"], experts["shape"], experts["weights"]) == (4, [96, 32], 4 * 96 * 32)
+    state = load_file(tmp_path / "sparse" / headers.STATE_NAME)
+    own = sum(tensor.nbytes for key, tensor in state.items() if key.startswith(f"{experts['name']}."))
+    assert experts["file_bytes"] == own + 4 * experts["weights"]
+    exported = {layer["name"]: layer for layer in run_json("inspect", tmp_path / "compact")["layers"]}
+    assert exported[experts["name"]]["file_bytes"] == 4 * experts["active"] + experts["weights"] // 8
+    for form in ("sparse", "compact"):
+        printed = run("inspect", tmp_path / form).splitlines()
+        shown = [line for line in printed if f"{experts['name']} " in line or line.startswith(" all of them")]
+        assert len(shown) == 2 and "4 × (96 × 32)" in shown[0]
+        assert (" - " in shown[0]) == (form == "compact")  # an export is not for training
+
+
+def test_files_without_numbers_of_experts_show_one_matrix(tmp_path, run_json):
+    model = sparsify(make_family("mixtral"), density=0.3, target_modules=["gate_up_proj"])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / headers.STATE_NAME
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    del metadata["experts"]
+    expected = run_json("inspect", tmp_path)["layers"][0]
+    save_file(load_file(path), path, metadata)
+    found = run_json("inspect", tmp_path)["layers"][0]
+    assert found == {**expected, "experts": None, "shape": [4 * 96, 32]}
 
 
 def test_compact(checkpoints, run_json):
