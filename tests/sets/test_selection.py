@@ -43,6 +43,23 @@ def test_ties_go_to_the_lower_flat_index():
     assert top_mask(scores, 4).tolist() == [[True, True, True], [True, False, False]]
 
 
+@given(numbers=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1), place=st.data())
+def test_counting_finds_the_same_threshold(numbers, place):
+    """What a GPU's sets are chosen by."""
+    scores = torch.tensor(numbers)
+    count = place.draw(st.integers(1, len(numbers)))
+    got = selection._kth_largest_by_counting(scores, count)
+    assert got.tolist() == [sorted(numbers, reverse=True)[count - 1]]
+
+
+def test_counting_among_many(monkeypatch):
+    scores = torch.randn(10**5, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(selection, "_kth_largest", selection._kth_largest_by_counting)
+    with torch_only():
+        for count in (1, 20_000, 10**5 - 1):
+            assert torch.equal(top_mask(scores, count), by_stable_sort(scores, count))
+
+
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1))
 def test_spread_is_even(seed, share):
     candidates = torch.rand(8, 9, generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -2,7 +2,8 @@
 How the products of blocks are cut into tiles: what Triton's autotuner tries at the first call of each kind, and keeps.
 
 Compiled for compute capability 9.0, for square blocks of 16, 64 and 128: no choice spills registers in bf16, fp16 and
-tf32, and none that is left spills more than 96 bytes of a thread in fp32. Their times have not been measured yet.
+tf32, and none that is left spills more than 96 bytes of a thread in fp32. Those of large blocks are the fastest of
+some twenty on an H100.
 """
 
 from collections.abc import Callable
