@@ -19,9 +19,10 @@ DENSITIES = {"density": 0.3, "backward_density": 0.5}
 
 
 def make_linear(block_size: int = 1) -> torch.nn.Module:
-    """A model of one sparse layer."""
+    """A model of one sparse layer, of at least 4 × 6 blocks."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 64))
+    side = max(16, block_size)
+    model = torch.nn.Sequential(torch.nn.Linear(6 * side, 4 * side))
     sparsify(model, **DENSITIES, block_size=block_size, target_modules=["0"], refresh_every=2)
     return model.to(DEVICE)
 
@@ -51,16 +52,17 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         torch.testing.assert_close(first[name], second[name], msg=name)
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("block_size", [1, 16, 128])
 def test_a_graph_replays_with_the_sets_of_a_refresh(block_size):
     model = make_linear(block_size)
     layer = model[0]
-    x = torch.randn(40, 96, device=DEVICE, requires_grad=True)
-    dy = torch.randn(40, 64, device=DEVICE)
+    x = torch.randn(40, layer.in_features, device=DEVICE, requires_grad=True)
+    dy = torch.randn(40, layer.out_features, device=DEVICE)
 
     def step():
-        y = model(x)
-        return y, *torch.autograd.grad(y, (x, layer.values), dy)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=block_size == 128):  # its kernels are for halves
+            y = model(x)
+        return y, *torch.autograd.grad(y, (x, layer.values), dy.to(y.dtype))
 
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -72,7 +74,7 @@ def test_a_graph_replays_with_the_sets_of_a_refresh(block_size):
     with torch.cuda.graph(graph):
         captured = step()
     before = [tensor.clone() for tensor in step()]
-    scores = torch.rand(64 // block_size, 96 // block_size, device=DEVICE)
+    scores = torch.rand(layer.out_features // block_size, layer.in_features // block_size, device=DEVICE)
     sets = (top_mask(scores, set_size(scores.numel(), share)) for share in DENSITIES.values())
     layer.reassign(*(spread_blocks(mask, (block_size, block_size)) for mask in sets))
     graph.replay()
@@ -105,9 +107,10 @@ def test_compiled_by_inductor():
     assert_same(train(model, torch.compile(model)), train(make_model()))
 
 
-def test_autocast():
-    model = make_linear(block_size=16)
-    x = torch.randn(40, 96, device=DEVICE, requires_grad=True)
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_autocast(block_size):
+    model = make_linear(block_size)
+    x = torch.randn(40, model[0].in_features, device=DEVICE, requires_grad=True)
     results = {}
     for enabled in (False, True):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
@@ -127,16 +130,18 @@ def test_ddp_under_nccl():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("block_size", [1, 16, 128])
 def test_a_step_waits_for_nothing_between_refreshes(block_size):
     model = make_linear(block_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     TopKastController(model, optimizer)
-    x = torch.randn(40, 96, device=DEVICE)
+    x = torch.randn(40, model[0].in_features, device=DEVICE)
     for mode in ("default", "default", "error"):  # the first step tunes, the second refreshes
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            model(x).square().sum().backward()
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=block_size == 128):
+                y = model(x)
+            y.float().square().sum().backward()
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -21,7 +21,7 @@ from hf_topkast.storage import Pattern, spread_blocks
 
 # Bytes of shared memory that a block of threads can have, by compute capability.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-TOKENS, OUT, IN, EXPERTS = 100, 256, 512, 4
+TOKENS, OUT, IN, EXPERTS = 100, 512, 512, 4
 
 
 class CompilingDriver:
@@ -93,7 +93,7 @@ def main(capability: int):
     everyone = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (TOKENS // EXPERTS)
     one = everyone.clone().fill_(TOKENS)
     for kind, dtype in {"bf16": torch.bfloat16, "tf32": torch.float32}.items():
-        for form, block_size in {"blocks": (16, 32), "single": (1, 1)}.items():
+        for form, block_size in {"blocks": (16, 32), "large blocks": (128, 128), "single": (1, 1)}.items():
             sets, others = (pattern_of(block_size, seed) for seed in (0, 1))
             found[f"{kind} {form}"] = run_products(sets, dtype, loaded)
             found[f"{kind} {form} refreshed"] = run_products(others, dtype, loaded)

@@ -438,6 +438,14 @@ def test_every_tile_of_blocks_fits_a_gpu_and_uses_its_tensor_cores(loaded, kind,
 
 
 @pytest.mark.slow
+def test_every_tile_of_large_blocks_fits_a_gpu_that_fetches_them_by_descriptors(loaded):
+    for name, kernels in loaded["bf16 large blocks"].items():
+        choice = tiles.LARGE_GRADIENT_TILES if name == "grad_values" else tiles.LARGE_PRODUCT_TILES
+        assert len(kernels) == len(choice)
+        assert all("wgmma" in kernel and "cp.async.bulk.tensor" in kernel for kernel in kernels)
+
+
+@pytest.mark.slow
 def test_zeros_are_written_before_the_weights_over_them(loaded):
     (expand,) = loaded["bf16 single"]["forward"]
     assert loaded["bf16 single"]["grad_input"] == []  # the same
@@ -447,7 +455,7 @@ def test_zeros_are_written_before_the_weights_over_them(loaded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "tf32"])
-@pytest.mark.parametrize("form", ["blocks", "single"])
+@pytest.mark.parametrize("form", ["blocks", "large blocks", "single"])
 def test_other_sets_compile_and_tune_nothing(loaded, kind, form):
     assert loaded[f"{kind} {form}"]["grad_values"]
     assert loaded[f"{kind} {form} refreshed"] == {"forward": [], "grad_input": [], "grad_values": []}
