@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..headers import STATE_NAME
+from .checkpoint import open_checkpoint
 from .output import AsJson, mebibytes, print_json, print_lines, waiting
 
 
@@ -22,10 +24,11 @@ def densify(checkpoint: Source, output: Target, as_json: AsJson = False):
 
         hf-topkast densify runs/demo dense-demo
     """
+    _check(checkpoint, output)
     from ..surgery import densify as make_dense
 
     with waiting(f"Loading {checkpoint}"):
-        make_dense(_load(checkpoint)).save_pretrained(_empty(output))
+        make_dense(_load(checkpoint)).save_pretrained(output)
         _copy_tokenizer(checkpoint, output)
     _report(checkpoint, output, as_json)
 
@@ -40,12 +43,21 @@ def export(checkpoint: Source, output: Target, as_json: AsJson = False):
 
         hf-topkast export runs/demo small-demo
     """
+    _check(checkpoint, output)
     from ..checkpoints import export_sparse
 
     with waiting(f"Loading {checkpoint}"):
-        export_sparse(_load(checkpoint), _empty(output))
+        export_sparse(_load(checkpoint), output)
         _copy_tokenizer(checkpoint, output)
     _report(checkpoint, output, as_json)
+
+
+def _check(checkpoint: str, output: Path):
+    """Looks at what needs no weights, before torch is imported and a model is built."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists already: give another directory, or delete it first.")
+    if open_checkpoint(checkpoint).state is None:
+        raise ValueError(f"{checkpoint} is dense already: no {STATE_NAME} lies beside its weights.")
 
 
 def _load(checkpoint: str):
@@ -66,14 +78,8 @@ def _copy_tokenizer(checkpoint: str, output: Path):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError):  # none: a model of other people's making, or of no text
         return
-    tokenizer.save_pretrained(output)
-
-
-def _empty(output: Path) -> Path:
-    """The directory, once it is sure that nothing in it is written over."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already: give another directory, or delete it first.")
-    return output
+    if tokenizer.vocab_size:  # else made up from config.json, with no file of its own
+        tokenizer.save_pretrained(output)
 
 
 def _report(checkpoint: str, output: Path, as_json: bool):

@@ -56,10 +56,10 @@ def examine() -> dict[str, Any]:
     from ..ops.costs import table_in_use
     from ..ops.measured import processor
 
-    cuda = torch.cuda.is_available()
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
     found = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s'[: threads != 1]}",
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "backends": backends(),
         "table": table_in_use(),
@@ -75,10 +75,10 @@ def backends() -> dict[str, dict[str, Any]]:
 
     built = "cpu" in BACKENDS
     why_not = f"the C++ extension is missing: {WHY_NO_CPU}"
-    if not has_triton():
-        triton = "Triton is not installed: pip install 'hf-topkast[gpu]'"
-    elif not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         triton = "torch sees no GPU"
+    elif not has_triton():
+        triton = "Triton is not installed: pip install 'hf-topkast[gpu]'"
     else:
         triton = "Triton kernels on the GPU"
     return {

@@ -25,7 +25,7 @@ def plot(
     """
     from ..plots import plot_metric
 
-    plot_metric({Path(run).name: run for run in runs}, metric, output)
+    plot_metric(runs, metric, output)
     if as_json:
         print_json({"output": str(output), "metric": metric, "runs": runs})
     else:

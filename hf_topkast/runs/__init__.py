@@ -1,7 +1,7 @@
 """What a training left in its directory, read without torch, and a page that shows it."""
 
 from .page import write_page
-from .read import Run, read_run
+from .read import Run, named_apart, read_run
 
 
-__all__ = ["Run", "read_run", "write_page"]
+__all__ = ["Run", "named_apart", "read_run", "write_page"]

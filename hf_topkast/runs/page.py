@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .chart import Line, line_chart
 from .heatmap import heatmap
-from .read import QUALITIES, Run
+from .read import QUALITIES, Run, named_apart
 from .style import STYLE
 from .table import Rows, cost_rows, outcome_rows, setting_rows, version_rows
 
@@ -20,20 +20,8 @@ def write_page(runs: Sequence[Run], output: str | os.PathLike):
     Args:
         runs (`Sequence[Run]`): as [`read_run`] gives them.
         output (`str` or `os.PathLike`): the file to write.
-
-    Raises:
-        ValueError: if two runs have one name.
     """
     Path(output).write_text(page(named_apart(runs)), encoding="utf-8")
-
-
-def named_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with their paths as names where two directories have one name."""
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.directory)
-    return list(runs)
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def read_run(directory: str | os.PathLike) -> Run:
     history = _read(place / STATE).get("log_history", [])
     results, settings = (_read(directory / name) or _read(place / name) for name in (RESULTS, SETTINGS))
     return Run(directory.resolve().name, directory, history, results, settings, read_layers(directory))
+
+
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with their paths as names where two directories have one name."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.directory)
+    return list(runs)
 
 
 def _step_of(checkpoint: Path) -> int:

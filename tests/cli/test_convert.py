@@ -1,6 +1,10 @@
+import shutil
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from toy_models import token_batches
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_topkast.surgery import sparse_layers
 
@@ -12,6 +16,7 @@ def test_densify(checkpoints, run_json, tmp_path):
     tokens = token_batches(1)[0]
     assert not list(sparse_layers(dense))
     torch.testing.assert_close(dense(tokens).logits, model(tokens).logits)
+    assert not list((tmp_path / "dense").glob("tokenizer*"))  # there was none, and none is made up
     assert told["bytes"] == sum(file.stat().st_size for file in (tmp_path / "dense").iterdir())
 
 
@@ -24,6 +29,14 @@ def test_export(checkpoints, run, tmp_path):
     assert (tmp_path / "small" / "model.safetensors").stat().st_size < 20_000
 
 
+def test_the_tokenizer_comes_along(checkpoints, run, tmp_path):
+    shutil.copytree(checkpoints[1] / "sparse", tmp_path / "in")
+    letters = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(tmp_path / "in")
+    run("densify", tmp_path / "in", tmp_path / "dense")
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense").get_vocab() == {"a": 0, "b": 1}
+
+
 def test_bad_input(checkpoints, refused, tmp_path):
     folder = checkpoints[1]
     (tmp_path / "full").mkdir()
@@ -31,4 +44,4 @@ def test_bad_input(checkpoints, refused, tmp_path):
     for verb in ("densify", "export"):
         assert "exists already" in refused(verb, folder / "sparse", tmp_path / "full")
         assert "nowhere" in refused(verb, tmp_path / "nowhere", tmp_path / "out")
-    assert "sparse" in refused("export", folder / "dense", tmp_path / "out")
+        assert "is dense already" in refused(verb, folder / "dense", tmp_path / "out")
