@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -28,9 +29,10 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
-            self.config_overrides = json.loads(self.config_overrides)
+            self.config_overrides = read_mapping("config_overrides", self.config_overrides)
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("`config_overrides` is for new models: leave it out, or leave out `model_name_or_path`.")
+        refuse_missing_directory("model_name_or_path", self.model_name_or_path)
 
 
 @dataclass
@@ -57,6 +59,7 @@ class DataArguments:
             raise ValueError("`dataset: wikitext103` is counted in words and needs `tokenizer`, for example `gpt2`.")
         if self.dataset == "enwik8" and self.tokenizer is not None:
             raise ValueError("`dataset: enwik8` is counted in bytes: leave `tokenizer` out, or use `dataset: text`.")
+        refuse_missing_directory("tokenizer", self.tokenizer)
 
 
 @dataclass
@@ -111,6 +114,7 @@ class FineTuningArguments:
                 )
         if self.teacher is not None:
             self.distillation()
+            refuse_missing_directory("teacher", self.teacher)
 
     def weights(self) -> dict[str, float]:
         """The fields of [`TopKastDistillationConfig`] that were given."""
@@ -147,7 +151,7 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
         `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it.
     """
     # "resolve" lets a second dataclass have a field of the same name: see above.
-    usage = "%(prog)s CONFIG.yaml [--field value ...]"  # argparse would name all fields with every error
+    usage = "CONFIG.yaml [--field value ...]"  # argparse would name all fields with every error
     parser = HfArgumentParser(
         dataclasses, usage=usage, allow_abbrev=False, conflict_handler="resolve", description=__doc__
     )
@@ -160,7 +164,11 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
     parser.set_defaults(**settings)
     parsed = vars(parser.parse_args(argv))
     del parsed["config"]
-    return parser.parse_dict(parsed)
+    found = parser.parse_dict(parsed)
+    for each in found:
+        if isinstance(each, TrainingArguments) and not torch.accelerator.is_available():
+            each.dataloader_pin_memory = False  # has no use there, and every loader would warn of it
+    return found
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -181,6 +189,23 @@ def read_yaml(path: str) -> dict[str, Any]:
     return settings
 
 
+def read_mapping(name: str, text: str) -> dict[str, Any] | None:
+    """A field's mapping or null, as on a command line; a `ValueError` that names the field if it is neither."""
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError:
+        mapping = text
+    if not (mapping is None or isinstance(mapping, dict)):
+        raise ValueError(f"`{name}` is {text!r}: on the command line give JSON, such as '{{\"n_layer\": 4}}'.")
+    return mapping
+
+
+def refuse_missing_directory(name: str, value: str | None) -> None:
+    """Raises a `ValueError` if a field's value can be no name on the hub and is no directory."""
+    if value and (value.startswith(("/", ".", "~")) or value.count("/") > 1) and not Path(value).is_dir():
+        raise ValueError(f"`{name}` is `{value}`, and there is no such directory. Names on the hub are `owner/name`.")
+
+
 def refuse_unknown_keys(keys: list[str], fields: set[str], path: str) -> None:
     """Raises a `ValueError` that suggests near matches if one of the keys is not a field."""
     problems = []
@@ -190,5 +215,6 @@ def refuse_unknown_keys(keys: list[str], fields: set[str], path: str) -> None:
             problems.append(f"`{key}`" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     if problems:
         raise ValueError(
-            f"Not a field, in `{path}` or on the command line: {', '.join(problems)}. `--help` lists all fields."
+            f"Not a field, in `{path}` or on the command line: {', '.join(problems)}. `--help`, or `hf-topkast "
+            "train --fields`, lists all fields."
         )

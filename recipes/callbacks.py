@@ -31,6 +31,8 @@ class Progress(TrainerCallback):
     def __init__(self, bar: bool):
         self._has_bar = bar and sys.stderr.isatty()
         self._told: dict[str, str] = {}
+        self._training = False
+        self._evaluation: tqdm | None = None
 
     @classmethod
     def take_over(cls, trainer: Trainer):
@@ -44,6 +46,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts the bar and the clock, of a resumed run where it goes on."""
         self._began, self._first, self._lines = time.monotonic(), state.global_step, self._line_of(state)
+        self._training, self._said = True, state.global_step
         hidden = not (self._has_bar and state.is_world_process_zero)
         steps = {"total": state.max_steps, "initial": state.global_step}
         self._bar = tqdm(**steps, unit="step", disable=hidden, dynamic_ncols=True)
@@ -55,20 +58,46 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Shows the numbers that say most."""
         self._told |= {name: f"{logs[key]:.4g}" for key, name in TOLD.items() if key in logs}
-        told = ", ".join(f"{name} {value}" for name, value in self._told.items())
-        if not state.is_world_process_zero or not state.is_local_process_zero:
-            return
         if self._has_bar:
-            self._bar.set_postfix_str(told)
-            return
-        if self._line_of(state) > self._lines and "loss" in logs:
+            self._bar.set_postfix_str(self._numbers())
+        elif self._line_of(state) > self._lines and "loss" in logs:
             self._lines = self._line_of(state)
-            steps = f"step {state.global_step:,} of {state.max_steps:,}"
-            print(f"{steps}, {self._passed(state)}: {told}", file=sys.stderr, flush=True)
+            self._say_step(state)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Shows how far an evaluation is; in a log file, that one has begun after the training, and how long it is."""
+        if self._evaluation is None:
+            batches = len(eval_dataloader)
+            hidden = not (self._has_bar and state.is_world_process_zero)
+            self._evaluation = tqdm(total=batches, unit="batch", disable=hidden, leave=False, dynamic_ncols=True)
+            if hidden and not self._training:
+                self._say(state, f"evaluating {batches:,} batches")
+        self._evaluation.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Ends its bar."""
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Ends the bar."""
+        """Ends the bar; in a log file, the last line is of the last step."""
         self._bar.close()
+        self._training = False
+        if not self._has_bar and self._said < state.global_step:
+            self._say_step(state)
+
+    def _say_step(self, state):
+        self._said = state.global_step
+        numbers = f": {self._numbers()}" if self._told else ""
+        self._say(state, f"step {state.global_step:,} of {state.max_steps:,}, {self._passed(state)}{numbers}")
+
+    def _say(self, state, line: str):
+        if state.is_world_process_zero and state.is_local_process_zero:
+            print(line, file=sys.stderr, flush=True)
+
+    def _numbers(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._told.items())
 
     def _line_of(self, state) -> int:
         return state.global_step * self.LINES // max(1, state.max_steps)

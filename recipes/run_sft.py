@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from arguments import FineTuningArguments, parse_arguments
+from arguments import FineTuningArguments, parse_arguments, refuse_missing_directory
 from callbacks import Progress, Stopwatch
 from fine_tuning import (
     PROMPT_TOKENS,
@@ -54,6 +54,7 @@ class SftArguments:
         for name in ("model_name_or_path", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: give it in the YAML file or on the command line.")
+        refuse_missing_directory("model_name_or_path", self.model_name_or_path)
         if self.held_out < 1:
             raise ValueError(f"`held_out` is {self.held_out}: give at least one row to count the perplexity on.")
 

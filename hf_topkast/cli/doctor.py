@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
     cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
     found = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s'[: threads != 1]}",
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, threads: {threads}",
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "backends": backends(),
         "table": table_in_use(),

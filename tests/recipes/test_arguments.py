@@ -2,6 +2,7 @@ from pathlib import Path
 
 import arguments
 import pytest
+import torch
 import yaml
 from arguments import DATACLASSES, DataArguments, ModelArguments, parse_arguments
 from transformers import TrainingArguments
@@ -107,6 +108,26 @@ def test_bad_configuration_file_is_an_error(text, complaint, tmp_path):
         path.write_text(text)
     with pytest.raises(ValueError, match=complaint):
         parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "model_name_or_path", "teacher"])
+def test_a_directory_that_is_not_there_is_named(parse, field, tmp_path):
+    with pytest.raises(ValueError, match=f"`{field}` is `.*missing`, and there is no such directory"):
+        parse("", f"--{field}", str(tmp_path / "missing"))
+    assert parse("", f"--{field}", str(tmp_path)) and parse("", f"--{field}", "owner/name")
+
+
+@pytest.mark.parametrize("text", ["{n_layer: 2", "[1]", "2"])
+def test_overrides_that_are_no_mapping_are_an_error_that_names_the_field(parse, text):
+    with pytest.raises(ValueError, match="`config_overrides` is .*give JSON"):
+        parse("", "--config_overrides", text)
+    assert parse("config_overrides: {n_layer: 2}", "--config_overrides", "null")[0].config_overrides is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_memory_is_pinned_for_accelerators_only(parse, there, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    assert parse("", "--use_cpu", "false")[4].dataloader_pin_memory == there
 
 
 def test_the_seed_is_all_that_two_dataclasses_share():

@@ -22,7 +22,7 @@ from hf_topkast.layer_log import append_entry
 def watched(tmp_path, capsys):
     """A training that is pretended, and what its progress prints."""
 
-    def run(steps, terminal=False, first=0, **state):
+    def run(steps, terminal=False, first=0, logs=True, batches=0, **state):
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
         state = TrainerState(global_step=first, max_steps=steps, is_world_process_zero=True, **state)
         progress = Progress(bar=terminal)
@@ -30,9 +30,13 @@ def watched(tmp_path, capsys):
         for step in range(first + 1, steps + 1):
             state.global_step = step
             progress.on_step_end(args, state, None)
-            progress.on_log(args, state, None, logs={"loss": 1 / step, "topkast/mask_churn": 0.25, "epoch": 1.0})
+            if logs:
+                progress.on_log(args, state, None, logs={"loss": 1 / step, "topkast/mask_churn": 0.25, "epoch": 1.0})
         progress.on_log(args, state, None, logs={"train_runtime": 1.0})
         progress.on_train_end(args, state, None)
+        for _ in range(batches):
+            progress.on_prediction_step(args, state, None, eval_dataloader=range(batches))
+        progress.on_evaluate(args, state, None)
         return capsys.readouterr().err
 
     return run
@@ -53,10 +57,20 @@ def test_a_resumed_run_goes_on_in_lines_and_time(watched):
     ][1::2]
 
 
+def test_a_training_too_short_for_a_log_says_that_it_ended(watched):
+    assert [line[:11] for line in watched(3, logs=False).splitlines()] == ["step 3 of 3"]
+
+
+def test_a_log_file_is_told_of_the_evaluation(watched):
+    assert watched(1, batches=1200).splitlines()[1:] == ["evaluating 1,200 batches"]
+    assert watched(1, batches=1200, is_local_process_zero=False) == ""
+
+
 def test_a_terminal_gets_one_bar(watched, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     said = watched(30, terminal=True)
     assert "30/30" in said and "churn 0.25" in said and said.count("\n") == 1
+    assert "0/7" in watched(1, terminal=True, batches=7)
 
 
 def test_it_takes_over_from_what_prints_dictionaries(tmp_path):
