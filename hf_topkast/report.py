@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .method import Method
 from .surgery import SparsityCounts, count_sparsity
 
 
@@ -27,7 +28,7 @@ class SparsityReport(SparsityCounts):
             f"{'whole model':<44} {'':>19} {self.total_parameters:>12,} {'':>8} {'':>8} "
             f"{_mib(self.trainable_state_bytes)} {_mib(self.dense_state_bytes)}",
             "MiB: parameters, gradients and two Adam moments, and for sparse layers indices and reservoir.",
-            *(f"method {name} needs beyond its |B| numbers: {needs}" for name, needs in self.needs.items()),
+            *(f"method {name} also needs {needs}" for name, needs in self.needs.items() if needs != Method.needs),
         ]
         return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 36
 COLOURS = 8
-# What comes earlier, such as the loss of a new model, would press the rest flat.
+# Before this share of a run values may lie outside: the loss of a new model would press the rest flat.
 SETTLED = 0.05
 
 
@@ -42,7 +42,7 @@ def line_chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> st
         return ""
     steps = [step for line in lines for step, _ in line.points]
     begin, end = min(0, *steps), max(*steps, 1)
-    settled = [value for line in lines for step, value in line.points if step >= begin + SETTLED * (end - begin)]
+    settled = [value for line in lines for value in _settled(line, begin)]
     low, high = min(settled), max(settled)
     low = 0.0 if from_zero else low
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
@@ -81,6 +81,12 @@ def line_chart(title: str, lines: Sequence[Line], from_zero: bool = False) -> st
     )
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
     return f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{legend}</figcaption></figure>"
+
+
+def _settled(line: Line, begin: float) -> list[float]:
+    """Values past a run's own first steps, so that a short run beside a long one stays in sight."""
+    last = max(step for step, _ in line.points)
+    return [value for step, value in line.points if step >= begin + SETTLED * (last - begin)]
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 500) -> Sequence[tuple[float, float]]:

@@ -33,6 +33,8 @@ def heatmap(title: str, steps: Sequence[int], rows: dict[str, Sequence[float | N
         return ""
     stride = math.ceil(len(steps) / MOST_COLUMNS)
     low, high = min(known), max(known)
+    if f"{low:.3g}" == f"{high:.3g}":  # sets of whole numbers of weights: what differs is rounding
+        low = high
     pixels = [[_level(value, low, high) for value in row[::stride]] for row in rows.values()]
     height = max(LEAST_ROW, min(ROW, TALLEST / len(rows)))
     bottom = height * len(rows)

@@ -37,7 +37,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 dl { font-size: .9rem; margin: 0; }
 dd { margin: 0 0 .75rem; color: var(--soft); overflow-wrap: anywhere; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-top: 1px solid var(--rule);
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 tbody th { font-weight: 400; color: var(--soft); width: 12rem; min-width: 8rem; }
 thead th, thead td { border-top: 0; }
 footer { margin: 2rem 0 1rem; color: var(--soft); font-size: .85rem; }

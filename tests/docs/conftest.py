@@ -1,4 +1,4 @@
-"""Tests of the docs import the hooks of the site's build, as the build does, and the recipes, as they do: by folder."""
+"""Tests of the docs import hooks of the site's build, and parts of the recipes, as those do: by folder."""
 
 import sys
 from pathlib import Path

@@ -32,6 +32,12 @@ def test_the_first_points_do_not_press_the_rest_flat():
     assert max(heights) - min(heights) > 100
 
 
+def test_a_short_run_beside_a_long_one_stays_in_sight():
+    lines = [Line("long", [(step, 2.0) for step in range(0, 1001, 100)]), Line("short", [(1, 5.0), (10, 4.0)])]
+    heights = [[y for _, y in points] for points in points_of(line_chart("loss", lines))]
+    assert 0 < min(heights[1]) < max(heights[1]) < max(heights[0])
+
+
 def test_nothing_to_draw():
     assert line_chart("loss", [Line("a", [])]) == "" and heatmap("churn", [1], {"a": [None]}) == ""
     assert line_chart("loss", [Line("a", [(1, float("nan"))])]) == ""
@@ -65,6 +71,12 @@ def test_a_pixel_for_each_number():
     np.testing.assert_allclose(pixels[1, 1, :3], STOPS[2], atol=3)
     ElementTree.fromstring(re.search(r"<svg.*</svg>", figure, re.S)[0])
     assert ">0.attn<" in figure and ">1.attn<" in figure
+
+
+def test_roundings_of_one_density_are_one_colour():
+    figure = heatmap("density", [0, 10], {"h.0": [0.19999, 0.20001], "h.1": [0.20002, 0.2]})
+    even = heatmap("density", [0, 10], {"h.0": [0.2, 0.2], "h.1": [0.2, 0.2]})
+    assert figure == even and "0.2 everywhere" in figure
 
 
 def test_many_layers_and_steps_stay_a_small_picture():
