@@ -70,6 +70,30 @@ def test_numbers_of_the_home_page_stand_where_they_were_measured():
     (measured,) = re.findall(r"## Measured\n(.*?)\n## ", (DOCS / "index.md").read_text(encoding="utf-8"), re.S)
     numbers = re.findall(r"\d+\.\d+", measured)
     assert len(numbers) > 15 and [number for number in numbers if number not in sources] == []
+    # A row there is a column of the README's, where densities go down.
+    columns = [column for table in tables(sources) for column in zip(*table)]
+    for name, *row in tables(measured)[0][1:]:
+        assert any(in_order(row, column) for column in columns), f"{name}: {row}"
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Of each table its rows of cells, reduced to their first numbers where they have some; heads come first."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
+        head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        found.append([head, *([row[0], *(first_number(cell) for cell in row[1:])] for row in rows)])
+    return found
+
+
+def first_number(cell: str) -> str:
+    match = re.search(r"\d+\.\d+", cell)
+    return match[0] if match else cell
+
+
+def in_order(few: list[str], many: tuple[str, ...]) -> bool:
+    """Whether all of the few stand among the many, in their order."""
+    rest = iter(many)
+    return all(each in rest for each in few)
 
 
 if __name__ == "__main__":
