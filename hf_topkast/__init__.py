@@ -31,7 +31,7 @@ if TYPE_CHECKING or not COMMAND_LINE:
     )
 
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
