@@ -51,6 +51,11 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         self.experts, self.out_features, self.in_features = dense.experts, dense.out_features, dense.in_features
         self._build(dense, active, backward, backend, reservoir_device, block_size)
 
+    @property
+    def matrices(self) -> int:
+        """As many as experts."""
+        return self.experts
+
     def _features(self) -> tuple[int, int]:
         return self.in_features, self.experts * self.out_features
 

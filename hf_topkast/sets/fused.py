@@ -53,7 +53,7 @@ def find_parts(
             parts[name] = _parts(name, out_features, _config_around(model, name))
             fused = fused or len(parts[name]) > 1
         else:
-            parts[name] = [slice(None)]
+            parts[name] = [slice(0, out_features)]
     if split_fused and not fused:
         raise ValueError(
             f"split_fused=True: {type(model).__name__} has no fused projection among the layers to be made sparse "

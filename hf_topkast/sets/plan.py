@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from .selection import block_norms, set_size
 
 
 Sizes = list[tuple[int, int]]
+Read = Callable[[str, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Present:
     """
-    A layer at a refresh.
+    A matrix of a layer at a refresh.
 
     Attributes:
         step (`int`): the optimizer step that it follows.
@@ -61,24 +62,29 @@ class SetPlan:
         # From here on, shapes, rows and sizes count blocks.
         self.shapes = {name: (rows // height, columns // width) for name, (rows, columns) in shapes.items()}
         found = find_parts(model, shapes, config.split_fused)
-        self.parts: dict[str, list[Rows]] = {
-            name: [block_rows(name, rows, shapes[name][0], height) for rows in found[name]] for name in shapes
-        }
         stacks = {name: layer_named(model, name) for name in shapes}
         self.experts = {name: getattr(stacks[name], "experts", 1) for name in shapes}
+        # Of one matrix: all experts of a layer are divided alike.
+        self.parts: dict[str, list[Rows]] = {
+            name: [
+                block_rows(name, rows, shapes[name][0], height) for rows in found[name][: len(found[name]) // count]
+            ]
+            for name, count in self.experts.items()
+        }
         self.overrides = match_overrides(config.density_overrides or {}, shapes)
 
     def sizes(
-        self, left: float, exploring: bool, read: Callable[[str], Tensor], layers: Collection[str] | None = None
+        self, left: float, exploring: bool, read: Read, layers: Collection[str] | None = None
     ) -> dict[str, Sizes]:
         """
-        |A| and |B| of every part of every layer, in blocks.
+        |A| and |B| of every part of every layer, expert by expert, in blocks.
 
         Args:
             left (`float`): share of the density schedule's way that is left, see [`way_left`].
             exploring (`bool`): whether B is larger than A.
-            read (`Callable`): the (out, in) weight of a layer, by name. With `density="nonzero"` only which entries
-                are not zero counts, and may be given as a bool mask.
+            read (`Callable`): a weight, (out, in), by the name of the layer and the number of the expert, 0 for an
+                only one. With `density="nonzero"` only which entries are not zero counts, and may be given as a bool
+                mask.
             layers (`Collection[str]`, *optional*): those among which the density is shared out. `None`: all.
 
         Raises:
@@ -100,23 +106,42 @@ class SetPlan:
 
         def magnitudes():
             for name in names:
-                scores = self._scores(read(name))
-                yield from (scores[rows].abs() for rows in self.parts[name])
+                yield from (scores.abs() for scores in self._part_scores(name, read))
 
         pair = self._densities(self.config.density, left, exploring)
         pairs = zip(*DISTRIBUTIONS[self.config.distribution](shapes, pair, magnitudes))
-        sizes.update({name: [next(pairs) for _ in self.parts[name]] for name in names})
+        sizes.update({name: [next(pairs) for _ in self._part_shapes(name)] for name in names})
         return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in chosen}
 
-    def choose(self, name: str, theta: Tensor, sizes: Sizes, present: Present | None = None) -> tuple[Tensor, Tensor]:
+    def present_sizes(self, name: str, row_offsets: Tensor) -> Sizes:
+        """|A| and |B| of every part of a layer, in blocks, as the [`Pattern`] of all its matrices has them."""
+        counts = row_offsets.diff().cpu().view(2, self.experts[name], -1)
+        sizes = [(int(a[rows].sum()), int(rest[rows].sum())) for a, rest in zip(*counts) for rows in self.parts[name]]
+        return [(active, active + exploring) for active, exploring in sizes]
+
+    def reachable_sizes(self, name: str, sizes: Sizes, row_offsets: Tensor) -> Sizes:
+        """What a layer of this [`Pattern`] can get of such sizes: a method may never grow A."""
+        if self.method.grows:
+            return sizes
+        return [tuple(map(min, *pairs)) for pairs in zip(sizes, self.present_sizes(name, row_offsets))]
+
+    def matrix_sizes(self, name: str, sizes: Sizes) -> Sizes:
+        """|A| and |B| of every matrix of a layer, in blocks, of those of its parts."""
+        count = len(self.parts[name])
+        return [tuple(map(sum, zip(*sizes[first : first + count]))) for first in range(0, len(sizes), count)]
+
+    def choose(
+        self, name: str, theta: Tensor, sizes: Sizes, present: Present | None = None, place: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """
-        A and B of one layer, as the method chooses them.
+        A and B of one matrix of a layer, as the method chooses them.
 
         Args:
             name (`str`): the layer.
             theta (`torch.Tensor`): its weights, (out, in), by the norms of their inputs where these count.
-            sizes (`list[tuple[int, int]]`): of A and B of every part.
-            present ([`Present`], *optional*): the layer at a refresh. `None`: its first sets.
+            sizes (`list[tuple[int, int]]`): of A and B of every part of the layer.
+            present ([`Present`], *optional*): the matrix at a refresh. `None`: its first sets.
+            place (`int`, *optional*, defaults to 0): which matrix of the layer.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: A and B, bool, (out, in).
@@ -125,19 +150,23 @@ class SetPlan:
             ValueError: if a method gives sets of other sizes, or an A outside B; the message names the layer.
         """
         first_of_pruned = present is None and self.config.density == "nonzero"  # its zeros say what A is
-        return self._choose(topkast.choose if first_of_pruned else self.method.choose, name, theta, sizes, present)
+        rule = topkast.choose if first_of_pruned else self.method.choose
+        return self._choose(rule, name, theta, sizes, present, place)
 
-    def largest(self, name: str, theta: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-        """A and B of one layer by magnitude, whatever the method; arguments and result as of [`SetPlan.choose`]."""
-        return self._choose(topkast.choose, name, theta, sizes, None)
+    def largest(self, name: str, theta: Tensor, sizes: Sizes, place: int = 0) -> tuple[Tensor, Tensor]:
+        """A and B of one matrix by magnitude, whatever the method; arguments and result as of [`SetPlan.choose`]."""
+        return self._choose(topkast.choose, name, theta, sizes, None, place)
 
-    def _choose(self, choose: Callable, name: str, theta: Tensor, sizes: Sizes, present: Present | None):
-        scores = self._scores(theta)
-        alone = len(self.parts[name]) == 1
+    def _choose(
+        self, rule: Callable, name: str, theta: Tensor, sizes: Sizes, present: Present | None, place: int
+    ) -> tuple[Tensor, Tensor]:
+        scores, parts = self._scores(theta), self.parts[name]
+        alone = len(parts) == 1
         masks = None if alone else [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
-        for part, (rows, (size, backward_size)) in enumerate(zip(self.parts[name], sizes)):
+        first = place * len(parts)
+        for part, (rows, (size, backward_size)) in enumerate(zip(parts, sizes[first:]), start=first):
             view = self._view(name, part, scores[rows], size, backward_size, present)
-            chosen = (view.active, view.backward) if _is_to_stay(view) else choose(view)
+            chosen = (view.active, view.backward) if _is_to_stay(view) else rule(view)
             pair = chosen if isinstance(chosen, tuple) else (chosen, chosen)
             check_sets(self.config.method, name, view, *pair)
             if alone:
@@ -158,17 +187,20 @@ class SetPlan:
         common["generator"] = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
         if present is None:
             return LayerView(scores, size, backward_size, **common)
-        (height, width), rows = self.config.block_size, self.parts[name][part]
-        gradients = None if present.gradients is None else present.gradients(rows)
+        height, width = self.config.block_size
+        place, own = divmod(part, len(self.parts[name]))
+        rows = self.parts[name][own]
+        gradients = None if present.gradients is None else present.gradients(self._rows_below(name, rows, place))
         now = {"drop": present.drop, "gradients": gradients}
         now["active"], now["backward"] = (
             lambda mask=mask: mask()[::height, ::width][rows] for mask in (present.active, present.backward)
         )
-        view = LayerView(scores, size, backward_size, **now, **common)
-        if self.method.grows:
-            return view
-        in_a, in_b, _ = set_sizes(view.active, view.backward)
-        return replace(view, size=min(size, in_a), backward_size=min(backward_size, in_b))
+        return LayerView(scores, size, backward_size, **now, **common)
+
+    def _rows_below(self, name: str, rows: Rows, place: int) -> Rows:
+        """The rows of one matrix among those of all."""
+        above = self.shapes[name][0] // self.experts[name] * place
+        return slice(rows.start + above, rows.stop + above) if isinstance(rows, slice) else rows + above
 
     def _scores(self, theta: Tensor) -> Tensor:
         """What is ranked by magnitude: the weights, or the norms of their blocks."""
@@ -178,19 +210,27 @@ class SetPlan:
         density = scheduled_density(final, left, self.config)
         return density, backward_density_of(density, self.config, exploring)
 
+    def _part_scores(self, name: str, read: Read) -> Iterator[Tensor]:
+        """The scores of every part of a layer, one matrix after another."""
+        for place in range(self.experts[name]):
+            scores = self._scores(read(name, place))
+            yield from (scores[rows] for rows in self.parts[name])
+
     def _part_shapes(self, name: str) -> list[tuple[int, int]]:
         out_features, in_features = self.shapes[name]
-        return [
+        shapes = [
             (len(range(out_features)[rows]) if isinstance(rows, slice) else len(rows), in_features)
             for rows in self.parts[name]
         ]
+        return shapes * self.experts[name]
 
-    def _nonzero_sizes(self, exploring: bool, read: Callable[[str], Tensor], names: list[str]) -> dict[str, Sizes]:
+    def _nonzero_sizes(
+        self, exploring: bool, read: Callable[[str, int], Tensor], names: list[str]
+    ) -> dict[str, Sizes]:
         sizes: dict[str, Sizes] = {}
         zeros = 0
         for name in names:
-            kept = self._scores(read(name))
-            counts = [int(kept[rows].count_nonzero()) for rows in self.parts[name]]
+            counts = [int(kept.count_nonzero()) for kept in self._part_scores(name, read)]
             if 0 in counts:
                 raise ValueError(
                     f"density='nonzero': {self._part_name(name, counts.index(0))} holds only zeros, so its active set "
@@ -209,7 +249,7 @@ class SetPlan:
     def _part_name(self, name: str, part: int) -> str:
         count = len(self.parts[name])
         if self.experts[name] > 1:
-            return f"expert {part * self.experts[name] // count} of '{name}'"
+            return f"expert {part // count} of '{name}'"
         return f"layer '{name}'" + (" has a part that" if count > 1 else "")
 
     def _nonzero_backward(self, count: int, numel: int, exploring: bool) -> int:

@@ -3,12 +3,12 @@ What a sparse layer keeps, and where: the values of B, their structure, the rese
 that each process holds.
 """
 
+from .change import Change
 from .distributed import (
     check_agreement,
     full,
     is_sharded,
     local,
-    moved,
     part_of,
     prefix_here,
     raise_together,
@@ -18,13 +18,23 @@ from .distributed import (
     world_size,
 )
 from .inputs import ExpertSquares, InputSquares
-from .pattern import GRAIN, Pattern, pack_bits, set_sizes, spread_blocks, unpack_bits
-from .rearrangement import count_from
+from .moment import Matrix, Moment, scored
+from .pattern import (
+    GRAIN,
+    Pattern,
+    blocks_of,
+    pack_bits,
+    pack_part,
+    set_sizes,
+    spread_blocks,
+    unpack_bits,
+    unpack_part,
+)
 from .reservoir import NOWHERE, Arriving, assemble_theta
 from .resharding import find_handles
 from .set_watch import mixture
 from .state_dict import STRUCTURE, dense_state
-from .store import LIVING, TRACKING, Moment, SparseStorage, scored
+from .store import LIVING, TRACKING, SparseStorage
 
 
 __all__ = [
@@ -34,22 +44,24 @@ __all__ = [
     "STRUCTURE",
     "TRACKING",
     "Arriving",
+    "Change",
     "ExpertSquares",
     "InputSquares",
+    "Matrix",
     "Moment",
     "Pattern",
     "SparseStorage",
     "assemble_theta",
+    "blocks_of",
     "check_agreement",
-    "count_from",
     "dense_state",
     "find_handles",
     "full",
     "is_sharded",
     "local",
     "mixture",
-    "moved",
     "pack_bits",
+    "pack_part",
     "part_of",
     "prefix_here",
     "raise_together",
@@ -60,5 +72,6 @@ __all__ = [
     "spread_blocks",
     "sum_over_ranks",
     "unpack_bits",
+    "unpack_part",
     "world_size",
 ]

@@ -3,6 +3,9 @@ Several processes: tensors that are sharded over them (FSDP2), and the proof tha
 one process every function here does nothing.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +18,9 @@ from .pattern import Pattern
 
 # Whether torch's FSDP2 shards parameters of integers: up to 2.11 it stops at them.
 SHARDS_INTEGERS: bool = torch.__version__ >= "2.12"
+
+# Slots that a digest takes by torch's operations at a time: all of a stack of experts would be larger than their θ.
+SLOTS_AT_ONCE = 2**22
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -47,35 +53,33 @@ def shard_like(whole: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def moved(numbers: Tensor, sources: Tensor, fresh: Tensor | None = None) -> Tensor:
+@accelerated_by(passes.carry)
+def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
     """
     One number a slot, moved with its weight to other slots.
 
     Args:
-        numbers (`torch.Tensor`): (|B| before,), sharded or not.
+        numbers (`torch.Tensor`): (|B| before,).
         sources (`torch.Tensor`): integers, (|B| now,): the former slot of each slot, -1 for a weight that enters B.
-        fresh (`torch.Tensor`, *optional*): what weights that enter start with: a scalar, or (|B| now,). `None`: 0.
+        fresh (`torch.Tensor`): what weights that enter start with: a scalar, or (|B| now,).
 
     Returns:
-        `torch.Tensor`: (|B| now,), sharded as `numbers`; in a tensor of its own.
+        `torch.Tensor`: (|B| now,), in a tensor of its own.
     """
-    old = full(numbers)
-    new = carry(old, sources, old.new_zeros(()) if fresh is None else fresh)
-    return shard_like(new, numbers) if is_sharded(numbers) else new
-
-
-@accelerated_by(passes.carry)
-def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
-    """[`moved`] of numbers that are here."""
     return torch.where(sources >= 0, numbers[sources.clamp(min=0)], fresh)
 
 
 def prefix_here(count: int, like: Tensor) -> int:
     """How many of the first `count` elements of a vector lie in this rank's part of it."""
+    return min(max(0, count - place_here(like)), len(local(like)))
+
+
+def place_here(like: Tensor) -> int:
+    """Where in a vector the part of it begins that this rank holds."""
     if not is_sharded(like):
-        return count
+        return 0
     (chunk,) = like.__create_chunk_list__()  # how DTensor tells checkpoints its place
-    return min(max(0, count - chunk.offsets[0]), chunk.sizes[0])
+    return chunk.offsets[0]
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -98,12 +102,28 @@ def set_digest(pattern: Pattern) -> Tensor:
     `row_offsets`, which every rank has its own copy of where members of B are gathered from all. int64 scalar.
     """
     row_offsets = pattern.row_offsets
-    mixed = 2 * pattern.flat_index() + 1
-    mixed[: pattern.active] += 1
-    mixed *= -7046029254386353131  # integers wrap around: that is the hashing
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
     places = torch.arange(1, len(row_offsets) + 1, device=row_offsets.device)
-    return (mixed ^ (mixed >> 32)).sum() + (places * -4265267296055464877 * row_offsets).sum()
+    digest = (places * -4265267296055464877 * row_offsets).sum()
+    for first, members, active in _pieces(pattern):
+        mixed = 2 * (members.flat_index() + first) + (2 if active else 1)
+        mixed *= -7046029254386353131  # integers wrap around: that is the hashing
+        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
+        digest = digest + (mixed ^ (mixed >> 32)).sum()
+    return digest
+
+
+def _pieces(pattern: Pattern) -> Iterator[tuple[int, Pattern, bool]]:
+    """A, then B\\A, some rows at a time: the flat index that these begin at, their members, and whether it is A."""
+    lines = len(pattern.row_offsets) // 2
+    step = max(1, SLOTS_AT_ONCE * lines // max(1, pattern.stored))
+    for active in (True, False):
+        offsets = pattern.row_offsets[: lines + 1] if active else pattern.row_offsets[lines:]
+        begins = [*offsets[:-1:step].tolist(), int(offsets[-1])]
+        one = pattern._replace(row_offsets=offsets)
+        for place, (begin, end) in enumerate(pairwise(begins)):
+            rows = range(place * step, min((place + 1) * step, lines))
+            height = pattern.block_size[0] * pattern.shape[1]
+            yield rows.start * height, one.active_part(rows, begin, end), active
 
 
 def check_agreement(digests: dict[str, Tensor], group: dist.ProcessGroup | None = None):

@@ -132,7 +132,7 @@ def assemble_theta(values: Tensor, pattern: "Pattern", reservoir: Tensor) -> Ten
 
 
 def carry(numbers: Tensor, sources: Tensor, fresh: Tensor) -> Tensor:
-    """As `distributed.moved`, for a tensor that is not sharded."""
+    """As `distributed.carry`."""
     fits = numbers.ndim == sources.ndim == 1 and fresh.shape in ((), sources.shape)
     types = numbers.dtype == fresh.dtype and numbers.element_size() in ITEM_SIZES and sources.dtype in SOURCE_TYPES
     if not (fits and types):

@@ -216,6 +216,12 @@ def set_sizes(active: Tensor, backward: Tensor) -> tuple[int, int, int]:
     return tuple(int(mask.count_nonzero()) for mask in masks)
 
 
+def blocks_of(active: Tensor, backward: Tensor, block_size: Sequence[int]) -> tuple[int, int]:
+    """|A| and |B| in blocks, of two masks of weights."""
+    in_a, in_b, _ = set_sizes(active, backward)
+    return in_a // (block_size[0] * block_size[1]), in_b // (block_size[0] * block_size[1])
+
+
 def spread_blocks(mask: Tensor, block_size: Sequence[int]) -> Tensor:
     """A mask of blocks as the mask of their weights: bool, (rows of blocks, columns of blocks) → (out, in)."""
     height, width = block_size
@@ -229,6 +235,21 @@ def pack_bits(mask: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
     return (flat.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def pack_part(mask: Tensor, begin: int) -> tuple[int, Tensor]:
+    """
+    Packs a part of a mask, of which the elements from `begin` on are given: number of the first byte, and the bytes,
+    uint8, in which bits of other parts are zero.
+    """
+    first, lead = divmod(begin, 8)
+    return first, pack_bits(torch.nn.functional.pad(mask.flatten(), (lead, 0)) if lead else mask)
+
+
+def unpack_part(packed: Tensor, begin: int, numel: int) -> Tensor:
+    """So many elements from `begin` on of what [`pack_bits`] has packed: bool, (numel,)."""
+    first, lead = divmod(begin, 8)
+    return unpack_bits(packed[first : first - (-(lead + numel) // 8)], lead + numel)[lead:]
 
 
 @accelerated_by(passes.unpack_bits)

@@ -73,13 +73,21 @@ def put_to_rest(numbers: Tensor, place: str) -> Tensor:
         numbers = numbers.to("cpu")
         numbers._local_tensor = put_to_rest(local(numbers), place)  # as FSDP2 itself offloads
         return numbers
-    if place == "disk" and numbers.numel():
+    return make_room(numbers, len(numbers), place).copy_(numbers)
+
+
+def make_room(like: Tensor, count: int, place: str) -> Tensor:
+    """
+    Memory for a reservoir of so many numbers of the dtype of `like`, (count,): `"same"`, on its device; others as of
+    [`put_to_rest`].
+    """
+    if place == "same":
+        return like.new_empty(count)
+    if place == "disk" and count:
         with tempfile.NamedTemporaryFile(prefix="topkast_reservoir_") as file:  # the mapping outlives the name
-            _reserve(file, numbers.nbytes)
-            resting = torch.from_file(file.name, shared=True, size=numbers.numel(), dtype=numbers.dtype)
-    else:
-        resting = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=torch.cuda.is_available())
-    return resting.copy_(numbers)
+            _reserve(file, count * like.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
+    return torch.empty(count, dtype=like.dtype, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 class Arriving:
@@ -87,19 +95,20 @@ class Arriving:
     A reservoir on its way from the host to a GPU, beside whatever the GPU does; any other is where it is needed.
 
     Args:
-        resting (`torch.Tensor`): (n − |B|,), as [`put_to_rest`] gives it; must not change before it is here.
+        resting (`torch.Tensor`, *optional*): numbers as [`put_to_rest`] gives them, which must not change before they
+            are here. `None`: nothing is on its way.
         device (`torch.device`): where it is needed.
     """
 
-    def __init__(self, resting: Tensor, device: torch.device):
+    def __init__(self, resting: Tensor | None, device: torch.device):
         self._numbers, self._arrival = resting, None
-        if device.type == "cuda" and resting.device.type == "cpu" and not is_sharded(resting):
+        if device.type == "cuda" and resting is not None and resting.device.type == "cpu":
             stream = _copying_stream(device)
             with torch.cuda.stream(stream):
                 self._numbers = resting.to(device, non_blocking=True)
             self._arrival = stream.record_event()
 
-    def here(self) -> Tensor:
+    def here(self) -> Tensor | None:
         """The numbers, for what the present stream does next."""
         if self._arrival is not None:
             present = torch.cuda.current_stream(self._numbers.device)

@@ -1,18 +1,20 @@
 """What a sparse layer stores: its numbers, the sets A and B, and how both are changed, moved, saved and loaded."""
 
 import weakref
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .change import Change
 from .column_walk import ColumnWalk
-from .distributed import SHARDS_INTEGERS, full, is_sharded, local, moved, part_of, shard_like
+from .distributed import SHARDS_INTEGERS, full, is_sharded, local, part_of, shard_like
 from .in_place import rewrite
-from .pattern import Pattern, pack_bits, take_slots
-from .rearrangement import rearrange
+from .moment import Moment, scored
+from .parts import Part, parts_of
+from .pattern import Pattern, blocks_of, pack_bits, take_slots
 from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
 from .resharding import reshard
 from .set_watch import SetWatch
@@ -25,29 +27,6 @@ logger = logging.get_logger(__name__)
 LIVING: "weakref.WeakSet[SparseStorage]" = weakref.WeakSet()
 
 TRACKING = ("unvisited", "initial_reservoir_size")
-
-
-class Moment(NamedTuple):
-    """θ of a layer as it was at one step, in the parts that it is stored in, where the reservoir rests."""
-
-    values: Tensor
-    pattern: Pattern
-    reservoir: Tensor
-    input_norms: Tensor | None = None
-
-    def scored(self) -> Tensor:
-        """What ranks the weights, as (out, in): θ, by the norm of its input if the layer knows that."""
-        return scored(assemble_theta(self.values, self.pattern, self.reservoir), self.input_norms)
-
-
-def scored(theta: Tensor, input_norms: Tensor | None) -> Tensor:
-    """
-    θ times the norms of its inputs, (out, in), as Wanda scores weights (arXiv 2306.11695); θ without norms. The norms
-    are (in,), or (experts, in) where θ holds one expert's matrix below the other.
-    """
-    if input_norms is None or input_norms.ndim == 1:
-        return theta if input_norms is None else theta * input_norms
-    return (theta.unflatten(0, (len(input_norms), -1)) * input_norms[:, None]).flatten(0, 1)
 
 
 class SparseStorage(StoredState, ColumnWalk, SetWatch):
@@ -68,9 +47,11 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
             (experts, in), with which weights are scored; `None` where magnitudes alone count.
         assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
             controller sees what it did not do itself, and a thread that saves whether it read one state or two.
+        matrices (`int`): how many there are, one below the other: as many as experts, else one.
     """
 
     stores_transposed = False
+    matrices = 1
 
     def _store(
         self,
@@ -140,6 +121,11 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         """What ranks the weights, as (out, in): θ, or a θ given, by the norms of its inputs if the layer has them."""
         return scored(self.theta() if theta is None else theta, self.input_norms)
 
+    def stored(self) -> Moment:
+        """θ as it is stored now: no copy, but of what FSDP2 has sharded, for which every rank has to call."""
+        values, rest = full(self.values.detach()), full(self.reservoir)
+        return Moment(values, self.pattern, rest, self.input_norms, self.matrices)
+
     def moment(self) -> Moment:
         """
         θ as it is now, on the device where the reservoir rests, for a thread to read while training goes on. Values
@@ -148,10 +134,20 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         own = {"device": self.reservoir.device, "copy": True}
         pattern = Pattern(self.row_offsets.to(**own), self.columns.to(**own), self.matrix_shape, self.block_size)
         norms = None if self.input_norms is None else self.input_norms.to(**own)
-        return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach(), norms)
+        return Moment(self.values.detach().to(**own), pattern, self.reservoir.detach(), norms, self.matrices)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Where each matrix stands in what is stored."""
+        return parts_of(self._pattern(self.columns), self.matrices)
+
+    def rests(self) -> Iterator[Tensor | None]:
+        """What each matrix has in the reservoir, sharing memory; `None` where FSDP2 has sharded it."""
+        for part in self.parts:
+            yield None if is_sharded(self.reservoir) else self.reservoir[part.rest]
 
     @torch.no_grad()
-    def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None) -> Tensor:
+    def reassign(self, active: Tensor, backward: Tensor, theta: Tensor | None = None):
         """
         Makes `active` and `backward` the sets A and B; every weight keeps its number. The parameter stays the same
         object, and its gradient moves with the weights: one that enters B has none, 0.
@@ -159,29 +155,12 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         Args:
             active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
             theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
-
-        Returns:
-            `torch.Tensor`: int32 (int64 past 2³¹ slots), (|B|,): the former slot of each new slot, -1 for a weight
-            that enters B.
         """
-        theta = self.theta() if theta is None else theta
-        former, pattern = self.pattern, Pattern.from_masks(active, backward, self.block_size)
-        keeps_rest, own = self.reservoir_device != NOWHERE, (self.values.detach(), self.reservoir)
-        self.assignments += 2 if self.assignments % 2 else 1  # odd from here on, also after a change that has failed
-        gradient, self.values.grad = self.values.grad, None
-        sources, values, reservoir = rearrange(theta, backward, former, pattern, keeps_rest, into=own)
-        self._write("values", values)
-        if gradient is not None:
-            self.values.grad = moved(gradient, sources)
-        for name in STRUCTURE:
-            self._write(name, getattr(pattern, name))
-        if pattern.column_walk is not None:
-            self._keep_walk(pattern.column_walk)
-        self._write("reservoir", reservoir)
-        local(self.unvisited).bitwise_and_(part_of(~pack_bits(active), self.unvisited))
-        self._note_digest(pattern)
-        self.assignments += 1
-        return sources
+        masks = list(zip(active.chunk(self.matrices), backward.chunk(self.matrices)))
+        thetas = [None] * self.matrices if theta is None else theta.chunk(self.matrices)
+        with Change(self, [blocks_of(*pair, self.block_size) for pair in masks]) as change:
+            for place, pair in enumerate(masks):
+                change.give(change.former.matrix(place, theta=thetas[place]), *pair)
 
     def offer_columns(self):
         """

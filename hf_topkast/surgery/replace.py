@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -145,20 +146,7 @@ def sparsify(
     if correct:
         calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
     norms = {} if calibration is None else input_norms(model, targets, calibration)
-    nonzero = config.density == "nonzero"
-
-    def read(name: str) -> Tensor:
-        weight = weight_rows(targets[name])
-        return weight if nonzero else scored(weight, norms.get(name))
-
-    sizes = plan.sizes(left=1.0, exploring=True, read=read)
-
-    # All sets before the first swap, a bit for each weight, so that a method that fails leaves the model as it was.
-    def choose(name: str) -> list[Tensor]:
-        masks = plan.choose(name, scored(weight_rows(targets[name]), norms.get(name)), sizes[name])
-        return [pack_bits(mask) for mask in masks]
-
-    chosen = {name: choose(name) for name in targets}
+    chosen = _first_sets(plan, targets, norms)  # before the first swap: a method that fails leaves the model as it was
 
     def swap(name: str, gram: Tensor | None = None) -> None:
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
@@ -299,6 +287,29 @@ def _check_dense(model: nn.Module) -> None:
             "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
             "get_peft_model (or add_adapter) on the sparse model."
         )
+
+
+def _first_sets(plan: SetPlan, targets: dict[str, nn.Module], norms: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """A and B of every layer, a bit for each weight."""
+    stacked = lru_cache(maxsize=1)(
+        lambda name: weight_rows(targets[name])
+    )  # whose matrices are read one after another
+
+    def weight(name: str, place: int) -> Tensor:
+        return stacked(name).chunk(plan.experts[name])[place]
+
+    def scores(name: str, place: int) -> Tensor:
+        norm = norms.get(name)
+        return scored(weight(name, place), norm[place] if norm is not None and norm.ndim == 2 else norm)
+
+    sizes = plan.sizes(left=1.0, exploring=True, read=weight if plan.config.density == "nonzero" else scores)
+
+    def choose(name: str) -> list[Tensor]:
+        places = range(plan.experts[name])
+        pairs = [plan.choose(name, scores(name, place), sizes[name], place=place) for place in places]
+        return [pack_bits(torch.cat(masks)) for masks in zip(*pairs)]
+
+    return {name: choose(name) for name in targets}
 
 
 def _shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import Present, SetPlan, Sizes
-from ..storage import Moment, pack_bits, raise_together, unpack_bits
+from ..storage import Matrix, Moment, blocks_of, pack_part, raise_together, unpack_part
 
 
 # What the sets depend on beside the weights, the step and the schedules.
@@ -94,21 +95,22 @@ def choose_ahead(
     layers: dict[str, TopKastLayer],
     plan: SetPlan,
     sizes: Callable[[dict[str, Moment]], dict[str, Sizes]],
-    present: Callable[[Moment], Present],
+    present: Callable[[Matrix], Present],
 ) -> Choice:
     """
     Starts a thread that chooses sets from the weights as they are now.
 
     It works where the reservoir rests: with `reservoir_device="cpu"` or `"disk"` on the host, so that the accelerator
     has only to copy what it holds, values and pattern. That copy, 6 bytes for each weight of B in float32, goes layer
-    by layer; the sets that are found take n / 4 bytes. At work, the thread holds θ and masks of one layer.
+    by layer; the sets that are found take n / 4 bytes. At work, the thread holds θ and masks of one layer, or
+    of one expert.
 
     Args:
         key (`list`): what the choice is for, see [`Choice`].
         layers (`dict[str, TopKastLayer]`): the layers, by name.
         plan ([`SetPlan`]): chooses the members.
         sizes (`Callable`): gives the sizes of the sets from the layers' numbers at this moment; called in the thread.
-        present (`Callable`): gives what a method is told of a layer; called in the thread.
+        present (`Callable`): gives what a method is told of a matrix; called in the thread.
     """
     moments = {name: layer.moment() for name, layer in layers.items()}
     on_gpu = any(moment.values.is_cuda for moment in moments.values())
@@ -119,10 +121,22 @@ def choose_ahead(
     return choice
 
 
-def unpacked(sets: Tensor, layer: TopKastLayer) -> tuple[Tensor, Tensor]:
-    """A and B of a layer as bool masks, (out, in), on its device."""
+def taken_sets(packed: Tensor, layer: TopKastLayer) -> tuple[Sizes, Callable[[Matrix], tuple[Tensor, Tensor]]]:
+    """What [`reassign`] takes of the packed sets of a layer: their sizes, and what gives those of one matrix."""
+
+    def choose(matrix: Matrix) -> tuple[Tensor, Tensor]:
+        return unpacked(packed, layer, matrix.place)
+
+    each = (unpacked(packed, layer, place) for place in range(layer.matrices))
+    return [blocks_of(*masks, layer.block_size) for masks in each], choose
+
+
+def unpacked(packed: Tensor, layer: TopKastLayer, place: int = 0) -> tuple[Tensor, Tensor]:
+    """A and B of a matrix of a layer as bool masks, (out, in), on its device."""
+    rows, columns = layer.matrix_shape[0] // layer.matrices, layer.matrix_shape[1]
+    numel = rows * columns
     active, backward = (
-        unpack_bits(bits, layer.numel).view(layer.matrix_shape) for bits in sets.to(layer.values.device)
+        unpack_part(bits, place * numel, numel).view(rows, columns) for bits in packed.to(layer.values.device)
     )
     return active, backward
 
@@ -135,9 +149,21 @@ def _choose(
         with torch.cuda.stream(stream):  # nothing without one
             wanted, chosen = sizes(moments), {}
             for name in list(moments):
-                moment = moments.pop(name)
-                masks = plan.choose(name, moment.scored(), wanted[name], present(moment))
-                chosen[name] = torch.stack([pack_bits(mask) for mask in masks]).cpu()
+                chosen[name] = _packed_sets(moments.pop(name), partial(plan.choose, name, sizes=wanted[name]), present)
     except Exception:
         return traceback.format_exc()  # the exception itself would keep θ of a layer alive until it is raised
     return chosen
+
+
+def _packed_sets(moment: Moment, choose: Callable, present: Callable[[Matrix], Present]) -> Tensor:
+    """The sets of a layer as packed bits, uint8, (2, ceil(n / 8)), chosen one matrix after another."""
+    packed = torch.zeros(2, -(-moment.pattern.numel // 8), dtype=torch.uint8, device="cpu")
+
+    def put(matrix: Matrix):  # which is gone when it returns
+        for bits, mask in zip(packed, choose(theta=matrix.scored(), present=present(matrix), place=matrix.place)):
+            first, own = pack_part(mask, matrix.place * mask.numel())
+            bits[first : first + len(own)].bitwise_or_(own.cpu())
+
+    for place in range(moment.matrices):
+        put(moment.matrix(place))
+    return packed

@@ -151,9 +151,10 @@ def _chooser(model: nn.Module) -> Callable[[TopKastLayer, Tensor], tuple[Tensor,
     plan = SetPlan(root, {name: layer.matrix_shape for layer, name in names.items()}, sparse_info(model).config)
 
     def choose(layer: TopKastLayer, theta: Tensor) -> tuple[Tensor, Tensor]:
-        height, width = layer.block_size
-        active, backward = (mask[::height, ::width] for mask in _own_sets(layer, theta))
-        sizes = [(int(active[rows].sum()), int(backward[rows].sum())) for rows in plan.parts[names[layer]]]
-        return plan.largest(names[layer], layer.scored(theta), sizes)
+        name = names[layer]
+        sizes, scores = plan.present_sizes(name, layer.row_offsets), layer.scored(theta).chunk(layer.matrices)
+        pairs = [plan.largest(name, own, sizes, place) for place, own in enumerate(scores)]
+        active, backward = map(torch.cat, zip(*pairs))
+        return active, backward
 
     return choose

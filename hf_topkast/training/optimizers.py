@@ -1,14 +1,16 @@
 """What the controller must know of optimizers: which ones work, weight decay, and state that moves with its weight."""
 
+from functools import partial
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import TopKastConfig
-from ..storage import full, is_sharded, local, moved, shard_like
+from ..storage import Change, full, is_sharded, shard_like
 from .cold_start import ENTERED, check_fresh
-from .optimizer_states import StateRule, state_rule, supported_optimizers
+from .optimizer_states import Start, state_rule, supported_optimizers
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -164,28 +166,21 @@ def _belongs_to_shards(value, parameter: nn.Parameter) -> bool:
     return is_sharded(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
-def carry_state(
-    optimizer: Optimizer,
-    values: nn.Parameter,
-    sources: Tensor,
-    former: int,
-    new_state: str,
-    lr_scale: float = 1.0,
-):
+def carry_state(optimizer: Optimizer, change: Change, new_state: str, lr_scale: float = 1.0):
     """
-    Moves one parameter's optimizer state with its weights, in place where the size stays.
+    Has the optimizer's state of a layer's values move with its weights, in place where the size stays.
 
     A weight that stays in B keeps its state bit by bit. One that enters gets what the state of this kind of optimizer
-    starts at or, with `new_state="mean"`, the layer's mean second moment.
+    starts at or, with `new_state="mean"`, the layer's mean second moment. State of another size than the values is of
+    the whole parameter and stays.
 
     Args:
         optimizer (`torch.optim.Optimizer`): the unwrapped optimizer.
-        values (`torch.nn.Parameter`): the values of a sparse layer, the newcomers among them.
-        sources (`torch.Tensor`): integers, (|B|,): former slot of each new slot, -1 for a weight that enters.
-        former (`int`): how many slots there were; state of another size is of the whole parameter and stays.
+        change ([`Change`]): the layer's, before any matrix has other sets.
         new_state (`str`): as in [`TopKastConfig`].
         lr_scale (`float`, *optional*, defaults to 1.0): factor on the learning rate that a state may start at.
     """
+    values = change.layer.values
     state = optimizer.state.get(values)
     if not state:
         return
@@ -193,28 +188,27 @@ def carry_state(
     group = next(group for group in optimizer.param_groups if any(held is values for held in group["params"]))
     if lr_scale != 1:
         group = {**group, "lr": group["lr"] * lr_scale}
-    stays = sources >= 0 if any(map(callable, rule.fresh.values())) else None
-    newcomers = None if stays is None else full(values.detach())[~stays]
     for key, stored in state.items():
-        if not isinstance(stored, Tensor) or stored.ndim == 0 or stored.numel() != former:
+        if not isinstance(stored, Tensor) or stored.ndim == 0 or stored.numel() != values.numel():
             continue  # a step count, or what holds for the whole parameter
         if new_state == "mean" and key in rule.second_moments:
-            fresh = full(stored).mean()
+            start = partial(_always, full(stored).mean())
         elif key == ENTERED:
-            fresh = torch.as_tensor(state["step"]).to(stored.device, stored.dtype)
+            start = partial(_always, torch.as_tensor(state["step"]))
         else:
-            fresh = _start(rule, key, group, newcomers, stays).to(stored.device, stored.dtype)
-        arrived = moved(stored, sources, fresh)
-        if arrived.shape == stored.shape:
-            local(stored).copy_(local(arrived))
-        else:
-            state[key] = arrived
+            start = partial(_start, rule.fresh.get(key, 0.0), key, group)
+        change.carry(stored, start, partial(state.__setitem__, key))
 
 
-def _start(rule: StateRule, key: str, group: dict, newcomers: Tensor | None, stays: Tensor | None) -> Tensor:
-    """What the newcomers' state `key` begins with: one number for all, or one for each, in its slot."""
-    start = rule.fresh.get(key, 0.0)
+def _always(number: Tensor, sources: Tensor, values: Tensor) -> Tensor:
+    return number
+
+
+def _start(start: Start, key: str, group: dict, sources: Tensor, values: Tensor) -> Tensor:
+    """What the state `key` of newcomers begins with: one number for all, or one for each, in its slot."""
     if callable(start):
+        stays = sources >= 0
+        newcomers = values[~stays]
         start = start(group, newcomers)
     if not isinstance(start, Tensor) or start.ndim == 0:
         return torch.tensor(float(start), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Other sets for one layer at a time, with its weights and the optimizer's state in their new places."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,43 +10,55 @@ from torch.optim import Optimizer
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..method import get_method
-from ..sets import check_finite
-from ..storage import NOWHERE, Arriving, count_from, local, raise_together
+from ..sets import Sizes, check_finite
+from ..storage import NOWHERE, Arriving, Change, Matrix, local, raise_together
 from .optimizers import carry_state, check_state
 
 
-def thetas(layers: dict[str, TopKastLayer]) -> Iterator[tuple[str, TopKastLayer, Tensor]]:
-    """The layers with θ of each, one at a time, while the reservoir of the next one is on its way."""
-    pairs = list(layers.items())
-    coming = None
-    for (name, layer), following in zip(pairs, [*pairs[1:], None]):
-        arriving = coming or Arriving(layer.reservoir, layer.values.device)
-        coming = following and Arriving(following[1].reservoir, following[1].values.device)
-        theta = layer.theta(arriving.here())
-        del arriving  # its layer is about to get another one
-        yield name, layer, theta
+def reservoirs(layers: Iterable[TopKastLayer]) -> Iterator[Tensor | None]:
+    """
+    The reservoir of every matrix of the layers where it is needed, one at a time, while the next one is on its way;
+    `None` where the layer gathers it from all ranks.
+    """
+    coming: deque[Arriving] = deque()
+    for layer in layers:
+        for rest in layer.rests():
+            coming.append(Arriving(rest, layer.values.device))
+            if len(coming) > 1:
+                yield coming.popleft().here()
+    while coming:
+        yield coming.popleft().here()
 
 
 def reassign(
-    layer: TopKastLayer, active: Tensor, backward: Tensor, theta: Tensor, optimizer: Optimizer, config: TopKastConfig
+    layer: TopKastLayer,
+    sizes: Sizes,
+    choose: Callable[[Matrix], tuple[Tensor, Tensor]],
+    arriving: Iterator[Tensor | None],
+    optimizer: Optimizer,
+    config: TopKastConfig,
 ) -> int:
     """
-    Gives a layer other sets, and the optimizer's state to its weights.
+    Gives a layer other sets, matrix by matrix, and the optimizer's state to its weights.
 
     Args:
         layer ([`TopKastLayer`]): the layer.
-        active, backward (`torch.Tensor`): A and B as bool masks, (out, in).
-        theta (`torch.Tensor`): its weight, (out, in).
-        optimizer (`torch.optim.Optimizer`): the one that trains it.
+        sizes (`list[tuple[int, int]]`): |A| and |B| that each matrix will have, in blocks.
+        choose (`Callable`): gives A and B of a matrix as bool masks, (out, in).
+        arriving (`Iterator`): gives the reservoir of each, see [`reservoirs`].
+        optimizer (`torch.optim.Optimizer`): the one that trains the layer.
         config ([`TopKastConfig`]): the settings.
 
     Returns:
         `int`: how many members of A left it.
     """
-    former, members = layer.values.numel(), layer.active_count
-    sources = layer.reassign(active, backward, theta)
-    carry_state(optimizer, layer.values, sources, former, config.new_state, config.lr_scale)
-    return members - count_from(sources[: layer.active_count], members)
+    with Change(layer, sizes) as change:
+        carry_state(optimizer, change, config.new_state, config.lr_scale)
+
+        def give(matrix: Matrix) -> int:  # which is gone when it returns, before the next one is put together
+            return change.give(matrix, *choose(matrix))
+
+        return sum(give(change.former.matrix(place, next(arriving))) for place in range(layer.matrices))
 
 
 def check_numbers(layers: dict[str, TopKastLayer], optimizer: Optimizer, group: dist.ProcessGroup | None):

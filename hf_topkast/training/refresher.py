@@ -1,7 +1,8 @@
 """When A and B change and to what, and optimizer state that moves with its weight."""
 
 import time
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from transformers.utils import logging
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import Present, SetPlan, Sizes, Timetable
-from ..storage import Moment, check_agreement, set_digest, world_size
-from .ahead import Choice, choice_key, choose_ahead, unpacked
+from ..storage import Matrix, Moment, check_agreement, set_digest, world_size
+from .ahead import Choice, choice_key, choose_ahead, taken_sets
 from .engines import check_lag, check_resizing, rebuild_buckets
 from .observer import StepObserver
 from .optimizers import check_outside_changes
-from .reassignment import check_numbers, check_reservoirs, reassign, thetas
+from .reassignment import check_numbers, check_reservoirs, reassign, reservoirs
 
 
 logger = logging.get_logger(__name__)
@@ -150,17 +151,15 @@ class Refresher:
         self._observer.follow_inputs()
         stored, chosen = self._stored(), self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
-        members, left = {}, {}
-        for name, layer, theta in thetas(self._moving()):
-            if name in self._observer.unseen:
-                continue
+        moving = {name: layer for name, layer in moving.items() if name not in self._observer.unseen}
+        members = {name: layer.active_count for name, layer in moving.items()}
+        arriving, left = reservoirs(moving.values()), {}
+        for name, layer in moving.items():
             if chosen is None:
-                present = self._present(step, layer, self._observer.gradients_of(name))
-                active, backward = self._plan.choose(name, layer.scored(theta), sizes[name], present)
+                sets = self._plan.matrix_sizes(name, sizes[name]), partial(self._choose, step, name, sizes[name])
             else:
-                active, backward = unpacked(chosen.pop(name), layer)
-            members[name] = layer.active_count
-            left[name] = reassign(layer, active, backward, theta, self.optimizer, self.config)
+                sets = taken_sets(chosen.pop(name), layer)
+            left[name] = reassign(layer, *sets, arriving, self.optimizer, self.config)
         self.check_agreement()
         if self._ddp is not None and stored != self._stored():
             rebuild_buckets(self._ddp)
@@ -172,9 +171,11 @@ class Refresher:
     def end_exploration(self):
         """Makes B := A in every layer."""
         check_numbers(self.layers, self.optimizer, self._group)
-        for _, layer, theta in thetas(self._moving()):
-            active = layer.pattern.active_mask()
-            reassign(layer, active, active, theta, self.optimizer, self.config)
+        moving = self._moving().values()
+        arriving = reservoirs(moving)
+        for layer in moving:
+            sizes = [(part.blocks.members, part.blocks.members) for part in layer.parts]
+            reassign(layer, sizes, _without_exploration, arriving, self.optimizer, self.config)
         if self._ddp is not None:
             rebuild_buckets(self._ddp)
 
@@ -225,8 +226,12 @@ class Refresher:
         """The layers that are trained: what is frozen computes the same for ever, as a base under adapters must."""
         return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
-    def _present(self, step: int, layer: TopKastLayer | Moment, gradients: Any = None) -> Present:
-        masks = cache(layer.pattern.active_mask), cache(layer.pattern.backward_mask)  # made for those who ask
+    def _choose(self, step: int, name: str, sizes: Sizes, matrix: Matrix) -> tuple[Tensor, Tensor]:
+        present = self._present(step, matrix, self._observer.gradients_of(name))
+        return self._plan.choose(name, matrix.scored(), sizes, present, matrix.place)
+
+    def _present(self, step: int, matrix: Matrix, gradients: Any = None) -> Present:
+        masks = cache(matrix.pattern.active_mask), cache(matrix.pattern.backward_mask)  # made for those who ask
         return Present(step, *masks, self.timetable.drop(step), gradients)
 
     def _choose_ahead(self, step: int):
@@ -249,19 +254,32 @@ class Refresher:
 
     @torch.no_grad()
     def _sizes(self, step: int, layers: dict[str, TopKastLayer] | dict[str, Moment]) -> dict[str, Sizes]:
-        def read(name: str) -> Tensor:
-            # A pruned model keeps as many as it had at first, which the present sets still tell.
-            nonzero = self.config.density == "nonzero"
-            return layers[name].pattern.active_mask() if nonzero else layers[name].scored()
-
-        return self._plan.sizes(self._left(step), self.timetable.explores(step), read, list(layers))
+        # A pruned model keeps as many as it had at first, which the present sets still tell.
+        read = _reader(layers, sets=self.config.density == "nonzero")
+        sizes = self._plan.sizes(self._left(step), self.timetable.explores(step), read, list(layers))
+        return {name: self._plan.reachable_sizes(name, sizes[name], layers[name].row_offsets) for name in layers}
 
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
         moving = self._moving()
-        sizes = self._plan.sizes(0.0, True, lambda name: moving[name].scored(), list(moving))
+        sizes = self._plan.sizes(0.0, True, _reader(moving), list(moving))
         final = sum(size for parts in sizes.values() for size, _ in parts)
         return bool(moving) and final == sum(layer.active_count for layer in moving.values())
 
     def _stored(self) -> list[int]:
         return [layer.values.numel() for layer in self.layers.values()]
+
+
+def _reader(layers: dict[str, TopKastLayer] | dict[str, Moment], sets: bool = False) -> Callable[[str, int], Tensor]:
+    """Gives what ranks the weights of one matrix of a layer, or with `sets` its A; both (out, in)."""
+    stored = lru_cache(maxsize=1)(lambda name: layers[name].stored())  # whose matrices are read one after another
+
+    def read(name: str, place: int) -> Tensor:
+        return stored(name).pattern_of(place).active_mask() if sets else stored(name).matrix(place).scored()
+
+    return read
+
+
+def _without_exploration(matrix: Matrix) -> tuple[Tensor, Tensor]:
+    active = matrix.pattern.active_mask()
+    return active, active

@@ -14,7 +14,7 @@ def make_plan(**settings):
     return SetPlan(torch.nn.Module(), SHAPES, TopKastConfig(**{"density": 0.2, **settings}))
 
 
-def weights(name):
+def weights(name, place=0):
     generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
     return torch.randn(SHAPES[name], generator=generator) * (1 + ord(name[0]) - ord("a"))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_topkast import native
 from hf_topkast.storage import passes
 from hf_topkast.storage import pattern as patterns
-from hf_topkast.storage.distributed import carry, moved, set_digest
+from hf_topkast.storage.distributed import carry, set_digest
 from hf_topkast.storage.pattern import Pattern
 from hf_topkast.storage.rearrangement import rearrange
 from hf_topkast.storage.reservoir import assemble_theta, outside
@@ -94,7 +94,6 @@ def test_slots_and_what_moves_with_them(shape, block_size, shares, seed, other, 
         numbers = torch.randn(old.stored).to(dtype)
         for fresh in (torch.tensor(0.5, dtype=dtype), torch.randn(new.stored).to(dtype)):
             assert_same(*by_both(carry, numbers, sources, fresh))
-        assert_same(moved(numbers, sources), carry.__wrapped__(numbers, sources, numbers.new_zeros(())))
 
 
 @given(numel=st.integers(0, 300), share=st.floats(0, 1), seed=st.integers(0, 10**6))
@@ -178,7 +177,7 @@ def test_structures_that_point_outside_are_errors_and_no_reads(change):
     sources = patterns.slot_sources(pattern, pattern)
     if change == "sources":
         with pytest.raises(IndexError):
-            moved(torch.randn(pattern.stored), sources + 10**6)
+            carry(torch.randn(pattern.stored), sources + 10**6, torch.zeros(()))
         return
     if change == "offset":
         pattern.row_offsets[3] += 1000

@@ -21,12 +21,12 @@ def start(model, choose=None):
     """Starts a choice with the model's own settings, and says what it has to find."""
     layers = dict(sparse_layers(model))
     plan = SetPlan(model, {name: layer.matrix_shape for name, layer in layers.items()}, sparse_info(model).config)
-    sizes = plan.sizes(0.0, True, lambda name: layers[name].theta())
+    sizes = plan.sizes(0.0, True, lambda name, place: layers[name].theta())
     expected = {name: plan.choose(name, layer.theta(), sizes[name]) for name, layer in layers.items()}
     plan.choose = choose or plan.choose
 
-    def present(moment):
-        return Present(1, moment.pattern.active_mask, moment.pattern.backward_mask)
+    def present(matrix):
+        return Present(1, matrix.pattern.active_mask, matrix.pattern.backward_mask)
 
     return choose_ahead(["key"], layers, plan, lambda moments: sizes, present), layers, expected
 
@@ -56,7 +56,7 @@ class Slow:
     def __init__(self):
         self.go_on = threading.Event()
 
-    def __call__(self, name, theta, sizes, present):
+    def __call__(self, name, theta, sizes, present, place):
         assert self.go_on.wait(60)
         return theta > 0, theta == theta
 
@@ -84,7 +84,7 @@ def test_sets_and_sizes_may_change_meanwhile(model):
 class Broken:
     """A rule that fails at the last layer."""
 
-    def __call__(self, name, theta, sizes, present):
+    def __call__(self, name, theta, sizes, present, place):
         if name.endswith("1.mlp.c_proj"):
             raise AttributeError("no such number")
         return theta > 0, theta == theta

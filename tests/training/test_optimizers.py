@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -6,6 +8,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.optimization import Adafactor
 
 from hf_topkast import TopKastConfig, TopKastController, register_optimizer, sparsify
+from hf_topkast.storage import full
+from hf_topkast.storage.change import _Carried
+from hf_topkast.storage.parts import lay_out
 from hf_topkast.training import optimizer_states
 from hf_topkast.training.optimizers import (
     carry_state,
@@ -165,6 +170,20 @@ def with_state(kind=torch.optim.Adam, count=3, **state):
     return optimizer, values
 
 
+def move(optimizer, values, sources, new_state):
+    """Moves state as the change of a layer of one matrix does, to slots that had these before."""
+    carried = []
+
+    def carry(*vector):
+        carried.append(_Carried(*vector, len(sources), in_place=len(sources) == len(values)))
+
+    carry_state(optimizer, SimpleNamespace(layer=SimpleNamespace(values=values), carry=carry), new_state)
+    before, now = (lay_out([(count, count)], (1, count), (1, 1))[0] for count in (len(values), len(sources)))
+    for vector in carried:
+        vector.move(before, now, sources, full(values.detach()))
+        vector.finish()
+
+
 @pytest.mark.parametrize("new_state", ["zero", "mean"])
 def test_state_moves_with_its_weight(new_state):
     state = {
@@ -174,7 +193,7 @@ def test_state_moves_with_its_weight(new_state):
         "momentum_buffer": None,
     }
     optimizer, values = with_state(**state)
-    carry_state(optimizer, values, torch.tensor([2, -1, 0]), 3, new_state)
+    move(optimizer, values, torch.tensor([2, -1, 0]), new_state)
     moved = optimizer.state[values]
     assert moved["step"] == 7 and moved["momentum_buffer"] is None
     assert moved["exp_avg"].tolist() == [3.0, 0.0, 1.0]
@@ -183,8 +202,8 @@ def test_state_moves_with_its_weight(new_state):
 
 
 def test_state_shrinks_with_the_set():
-    optimizer, values = with_state(count=1, exp_avg=torch.tensor([1.0, 2.0, 3.0]), scratch=torch.tensor([9.0]))
-    carry_state(optimizer, values, torch.tensor([1]), 3, "zero")
+    optimizer, values = with_state(exp_avg=torch.tensor([1.0, 2.0, 3.0]), scratch=torch.tensor([9.0]))
+    move(optimizer, values, torch.tensor([1]), "zero")
     assert optimizer.state[values]["exp_avg"].tolist() == [2.0]
     assert optimizer.state[values]["scratch"].tolist() == [9.0]
 
@@ -192,11 +211,11 @@ def test_state_shrinks_with_the_set():
 def test_newcomers_start_as_their_optimizer_begins():
     sources = torch.tensor([-1, 1, -1])
     optimizer, values = with_state(torch.optim.Rprop, prev=torch.ones(3), step_size=torch.full((3,), 0.1))
-    carry_state(optimizer, values, sources, 3, "mean")
+    move(optimizer, values, sources, "mean")
     assert optimizer.state[values]["prev"].tolist() == [0, 1, 0]
     assert optimizer.state[values]["step_size"].tolist() == pytest.approx([0.5, 0.1, 0.5])
     optimizer, values = with_state(torch.optim.ASGD, ax=torch.full((3,), 9.0))
-    carry_state(optimizer, values, sources, 3, "zero")
+    move(optimizer, values, sources, "zero")
     assert optimizer.state[values]["ax"].tolist() == [0, 9, 2]
 
 
@@ -204,7 +223,7 @@ def test_what_holds_for_the_whole_parameter_stays():
     scratch = torch.tensor([7.0])  # as optimi's Triton kernels keep it
     optimizer, values = with_state(exp_avg=torch.ones(3), mean_square=scratch)
     check_state(optimizer, "fc", values)
-    carry_state(optimizer, values, torch.tensor([-1, -1, -1]), 3, "zero")
+    move(optimizer, values, torch.tensor([-1, -1, -1]), "zero")
     assert optimizer.state[values]["mean_square"] is scratch and scratch.tolist() == [7.0]
 
 
@@ -214,7 +233,7 @@ def test_a_start_of_another_shape_is_an_error(monkeypatch):
     register_optimizer(kind, fresh={"exp_avg": lambda group, values: torch.zeros(2)})
     optimizer, values = with_state(kind, exp_avg=torch.ones(3))
     with pytest.raises(ValueError, match=r"state 'exp_avg' has shape \(2,\), where \(1,\) weights enter"):
-        carry_state(optimizer, values, torch.tensor([0, 1, -1]), 3, "zero")
+        move(optimizer, values, torch.tensor([0, 1, -1]), "zero")
 
 
 def test_sharded_state_moves_with_its_weight(alone):
@@ -224,7 +243,7 @@ def test_sharded_state_moves_with_its_weight(alone):
     optimizer = torch.optim.ASGD([values])
     values.grad = torch.zeros_like(values)
     optimizer.step()
-    carry_state(optimizer, values, torch.tensor([-1, 0, -1]), 3, "zero")
+    move(optimizer, values, torch.tensor([-1, 0, -1]), "zero")
     moved = optimizer.state[values]["ax"]
     assert isinstance(moved, DTensor) and moved.full_tensor().tolist() == pytest.approx([1.0, 1.0, 3.0], rel=1e-3)
     saved = whole_state(optimizer)
