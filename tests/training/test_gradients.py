@@ -196,7 +196,9 @@ def test_experts_by_themselves(family, share, block_size):
     norms = norms.view(layer.matrix_shape).unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
     norms = norms.square().sum((1, 3)).sqrt()
     config = model.topkast.config
-    for rows in SetPlan(model, {name: layer.matrix_shape}, config).parts[name]:
+    of_one = SetPlan(model, {name: layer.matrix_shape}, config).parts[name]
+    lines = torch.arange(len(norms)).view(layer.experts, -1)
+    for rows in (own[part] for own in lines for part in of_one):
         part = PartGradients(layer, watch, rows)
         among = torch.rand(norms[rows].shape, generator=generator) < share
         assert part.seen()
