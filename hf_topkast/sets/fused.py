@@ -1,4 +1,4 @@
-"""Which rows of a layer have sets of their own: those of an expert, and of a fused projection query, key and value."""
+"""Which rows of a matrix have sets of their own: query, key and value of a fused projection, gate and up."""
 
 import re
 
@@ -26,8 +26,8 @@ def find_parts(
     model: nn.Module, shapes: dict[str, tuple[int, int]], split_fused: bool = True
 ) -> dict[str, list[Rows]]:
     """
-    The rows of each part of every layer. Every expert is one, or two if gate and up are to be split; a layer that is
-    not fused has one part.
+    The rows of each part of every layer's matrix, one where it is not fused. Of experts it is that of any of them: all
+    are divided alike.
 
     Args:
         model (`torch.nn.Module`): the model; the configuration of the transformers model around a layer says how many
@@ -37,7 +37,8 @@ def find_parts(
         split_fused (`bool`, *optional*, defaults to `True`): whether fused projections are split.
 
     Returns:
-        `dict[str, list[slice | torch.Tensor]]`: for each layer indices into its rows, each row in exactly one.
+        `dict[str, list[slice | torch.Tensor]]`: for each layer indices into the rows of a matrix, each row in exactly
+        one.
 
     Raises:
         ValueError: if a layer looks fused but how is not known, or if no layer is fused.
@@ -47,7 +48,7 @@ def find_parts(
     for name, (out_features, _) in shapes.items():
         layer = layer_named(model, name)
         if isinstance(layer, StackedMatrices):
-            parts[name] = expert_parts(layer.experts, layer.out_features, layer.halves if split_fused else None)
+            parts[name] = expert_parts(layer.out_features, layer.halves if split_fused else None)
             fused = fused or layer.halves is not None
         elif split_fused:
             parts[name] = _parts(name, out_features, _config_around(model, name))
@@ -62,16 +63,14 @@ def find_parts(
     return parts
 
 
-def expert_parts(experts: int, out_features: int, halves: str | None) -> list[Rows]:
-    """The rows of every expert, or of its gate and of its up, whose rows lie in `"halves"` or `"interleaved"`."""
-    first = [expert * out_features for expert in range(experts)]
+def expert_parts(out_features: int, halves: str | None) -> list[Rows]:
+    """The rows of an expert, or of its gate and of its up, whose rows lie in `"halves"` or `"interleaved"`."""
     if halves == "halves":
-        half = out_features // 2
-        return [slice(begin, begin + half) for start in first for begin in (start, start + half)]
+        return [slice(0, out_features // 2), slice(out_features // 2, out_features)]
     if halves == "interleaved":
         places = torch.arange(0, out_features, 2)
-        return [start + offset + places for start in first for offset in (0, 1)]
-    return [slice(start, start + out_features) for start in first]
+        return [places, places + 1]
+    return [slice(0, out_features)]
 
 
 def _parts(name: str, out_features: int, config: PretrainedConfig | None) -> list[Rows]:

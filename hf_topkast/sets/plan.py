@@ -1,7 +1,6 @@
 """Which sets the layers of one model get under one configuration: their sizes, and then their members."""
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from ..storage import set_sizes, spread_blocks
 from .distribution import DISTRIBUTIONS
 from .fused import Rows, find_parts
 from .methods import topkast
+from .plan_checks import block_rows, check_sets, match_overrides
 from .schedule import backward_density_of, scheduled_density
 from .selection import block_norms, set_size
 
@@ -64,12 +64,8 @@ class SetPlan:
         found = find_parts(model, shapes, config.split_fused)
         stacks = {name: layer_named(model, name) for name in shapes}
         self.experts = {name: getattr(stacks[name], "experts", 1) for name in shapes}
-        # Of one matrix: all experts of a layer are divided alike.
         self.parts: dict[str, list[Rows]] = {
-            name: [
-                block_rows(name, rows, shapes[name][0], height) for rows in found[name][: len(found[name]) // count]
-            ]
-            for name, count in self.experts.items()
+            name: [block_rows(name, rows, shapes[name][0], height) for rows in found[name]] for name in shapes
         }
         self.overrides = match_overrides(config.density_overrides or {}, shapes)
 
@@ -224,9 +220,7 @@ class SetPlan:
         ]
         return shapes * self.experts[name]
 
-    def _nonzero_sizes(
-        self, exploring: bool, read: Callable[[str, int], Tensor], names: list[str]
-    ) -> dict[str, Sizes]:
+    def _nonzero_sizes(self, exploring: bool, read: Read, names: list[str]) -> dict[str, Sizes]:
         sizes: dict[str, Sizes] = {}
         zeros = 0
         for name in names:
@@ -265,64 +259,3 @@ def _is_to_stay(view: LayerView) -> bool:
     if view.gradients is None or view.gradients.seen():
         return False
     return set_sizes(view.active, view.backward)[:2] == (view.size, view.backward_size)
-
-
-def check_sets(method: str, name: str, view: LayerView, active: Tensor, backward: Tensor):
-    """
-    Whether a method gave what it was asked for.
-
-    Raises:
-        ValueError: if it did not; the message names method and layer.
-    """
-    fit = [mask.dtype == torch.bool and mask.shape == view.theta.shape for mask in (active, backward)]
-    *sizes, outside = set_sizes(active, backward) if all(fit) else (None, None, 0)
-    asked = view.size, view.backward_size
-    for kind, mask, found, size in zip("AB", (active, backward), sizes, asked):
-        if found != size:
-            found = f"{int(mask.count_nonzero())} of {tuple(mask.shape)}" if mask.dtype == torch.bool else mask.dtype
-            raise ValueError(
-                f"method={method!r} gave layer '{name}' a set {kind} of {found}, where {size} of "
-                f"{tuple(view.theta.shape)} are asked for, as a bool mask. Mend the method's function."
-            )
-    if outside:
-        raise ValueError(f"method={method!r} gave layer '{name}' an A that is not inside B. Mend its function.")
-
-
-def match_overrides(overrides: dict[str, float], names) -> dict[str, float]:
-    """
-    The density of each layer that an override names; the first that matches its whole name counts.
-
-    Raises:
-        ValueError: if an override matches no layer.
-    """
-    for pattern in overrides:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(
-                f"density_overrides: {pattern!r} matches the whole name of no layer that becomes sparse. They are "
-                f"{', '.join(list(names)[:12])}{', ...' if len(names) > 12 else ''}."
-            )
-    matches = ((name, [key for key in overrides if re.fullmatch(key, name)]) for name in names)
-    return {name: overrides[found[0]] for name, found in matches if found}
-
-
-def block_rows(name: str, rows: Rows, out_features: int, height: int) -> Rows:
-    """
-    The rows of blocks that a part's rows fill.
-
-    Raises:
-        ValueError: if a block lies in two parts.
-    """
-    if height == 1:
-        return rows
-    if isinstance(rows, slice):
-        first, last, _ = rows.indices(out_features)
-        blocks, whole = slice(first // height, last // height), first % height == last % height == 0
-    else:
-        blocks = rows[::height] // height
-        whole = torch.equal((blocks[:, None] * height + torch.arange(height)).flatten(), rows)
-    if not whole:
-        raise ValueError(
-            f"split_fused=True: a block of {height} rows of layer '{name}' would lie in two of its parts. Choose a "
-            "block_size that divides the head size, with one row if gate and up lie in turn, or leave split_fused out."
-        )
-    return blocks

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +23,12 @@ from ..layers import (
 from ..method import get_method
 from ..ops import select_backend
 from ..sets import SetPlan, check_finite
-from ..storage import NOWHERE, pack_bits, scored, unpack_bits
+from ..storage import NOWHERE, unpack_bits
 from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .cautions import check_blocks, check_not_quantized, warn_of_a_cut
 from .correction import correct_in_order, corrected
+from .first_sets import first_sets
 from .targets import find_targets
 
 
@@ -146,7 +146,7 @@ def sparsify(
     if correct:
         calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
     norms = {} if calibration is None else input_norms(model, targets, calibration)
-    chosen = _first_sets(plan, targets, norms)  # before the first swap: a method that fails leaves the model as it was
+    chosen = first_sets(plan, targets, norms)  # before the first swap: a method that fails leaves the model as it was
 
     def swap(name: str, gram: Tensor | None = None) -> None:
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
@@ -287,29 +287,6 @@ def _check_dense(model: nn.Module) -> None:
             "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
             "get_peft_model (or add_adapter) on the sparse model."
         )
-
-
-def _first_sets(plan: SetPlan, targets: dict[str, nn.Module], norms: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """A and B of every layer, a bit for each weight."""
-    stacked = lru_cache(maxsize=1)(
-        lambda name: weight_rows(targets[name])
-    )  # whose matrices are read one after another
-
-    def weight(name: str, place: int) -> Tensor:
-        return stacked(name).chunk(plan.experts[name])[place]
-
-    def scores(name: str, place: int) -> Tensor:
-        norm = norms.get(name)
-        return scored(weight(name, place), norm[place] if norm is not None and norm.ndim == 2 else norm)
-
-    sizes = plan.sizes(left=1.0, exploring=True, read=weight if plan.config.density == "nonzero" else scores)
-
-    def choose(name: str) -> list[Tensor]:
-        places = range(plan.experts[name])
-        pairs = [plan.choose(name, scores(name, place), sizes[name], place=place) for place in places]
-        return [pack_bits(torch.cat(masks)) for masks in zip(*pairs)]
-
-    return {name: choose(name) for name in targets}
 
 
 def _shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:

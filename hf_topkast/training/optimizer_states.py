@@ -100,7 +100,7 @@ def register_optimizer(
         kind (`type[torch.optim.Optimizer]`): the class.
         fresh (`dict`, *optional*): what the state of an entering weight starts at, by state name; zero for those not
             named. A number, or a function of the parameter group and the entering weights' values, (k,), that gives a
-            number or a tensor (k,).
+            number or a tensor (k,); of a stack of experts it is given those of one expert at a time.
         second_moments (`Iterable[str]`, *optional*): the states that `new_state="mean"` fills with the layer's mean
             instead. Defaults to the names that torch's Adam, RMSprop and Adafactor use.
         mirrors_values (`bool`, *optional*, defaults to `False`): whether a state is another version of the weights,

@@ -272,7 +272,10 @@ class Refresher:
 
 def _reader(layers: dict[str, TopKastLayer] | dict[str, Moment], sets: bool = False) -> Callable[[str, int], Tensor]:
     """Gives what ranks the weights of one matrix of a layer, or with `sets` its A; both (out, in)."""
-    stored = lru_cache(maxsize=1)(lambda name: layers[name].stored())  # whose matrices are read one after another
+
+    @lru_cache(maxsize=1)  # the matrices of a layer are read one after another
+    def stored(name: str) -> Moment:
+        return layers[name].stored()
 
     def read(name: str, place: int) -> Tensor:
         return stored(name).pattern_of(place).active_mask() if sets else stored(name).matrix(place).scored()
