@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .distributed import carry, full, is_sharded, local, part_of, place_here, shard_like
 from .moment import Matrix
-from .parts import Part, lay_out, overwrite
+from .parts import Part, lay_out
 from .pattern import Pattern, pack_part
 from .rearrangement import count_from, rearrange
 from .reservoir import NOWHERE, make_room
@@ -99,8 +99,10 @@ class Change:
         sources, values, rest = rearrange(matrix.theta, backward, matrix.pattern, pattern, keeps_rest, into=into)
         for each in self._carried:
             each.move(before, part, sources, values)
-        part.numbers.put(values, self._values)
-        overwrite(self._rest[part.rest], rest)
+        if values is not into[0]:
+            part.numbers.put(values, self._values)
+        if rest is not into[1]:
+            into[1].copy_(rest)
         self._put_structure(part, pattern)
         self._visit(active, matrix.place * active.numel())
         if self.in_place:
@@ -158,7 +160,7 @@ class _Carried:
     """A vector with a number a slot on its way with the weights, see [`Change.carry`]."""
 
     def __init__(self, numbers: Tensor, start: Start, keep: Callable[[Tensor], None], size: int, in_place: bool):
-        self._numbers, self._start, self._keep = numbers, start, keep
+        self._numbers, self._start, self._keep, self._in_place = numbers, start, keep, in_place
         self._former = full(numbers.detach())
         self._now = self._former if in_place else self._former.new_empty(size)
 
@@ -167,7 +169,7 @@ class _Carried:
         part.numbers.put(carry(before.numbers.take(self._former), sources, start), self._now)
 
     def finish(self):
-        if self._numbers.shape == self._now.shape:
-            overwrite(local(self._numbers), part_of(self._now, self._numbers))
-        else:
+        if self._numbers.shape != self._now.shape:
             self._keep(shard_like(self._now, self._numbers) if is_sharded(self._numbers) else self._now)
+        elif is_sharded(self._numbers) or not self._in_place:  # else it is there
+            local(self._numbers).copy_(part_of(self._now, self._numbers))

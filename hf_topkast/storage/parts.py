@@ -41,8 +41,8 @@ class Slots(NamedTuple):
 
     def put(self, new: Tensor, numbers: Tensor):
         """Writes to `numbers` what [`Slots.take`] would give."""
-        overwrite(numbers[self.active], new[: self.members])
-        overwrite(numbers[self.exploring], new[self.members :])
+        numbers[self.active] = new[: self.members]
+        numbers[self.exploring] = new[self.members :]
 
 
 class Part(NamedTuple):
@@ -92,12 +92,6 @@ def parts_of(pattern: Pattern, matrices: int) -> list[Part]:
     counts = [end - begin for begin, end in pairwise(pattern.cuts(matrices))]
     sizes = [(active, active + exploring) for active, exploring in zip(counts, counts[matrices:])]
     return lay_out(sizes, pattern.shape, pattern.block_size)
-
-
-def overwrite(former: Tensor, new: Tensor):
-    """Writes `new` over `former`, if it is not there already."""
-    if former.data_ptr() != new.data_ptr():
-        former.copy_(new)
 
 
 def _spans(counts: Iterable[int], begin: int = 0) -> list[slice]:
