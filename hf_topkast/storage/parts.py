@@ -41,6 +41,9 @@ class Slots(NamedTuple):
 
     def put(self, new: Tensor, numbers: Tensor):
         """Writes to `numbers` what [`Slots.take`] would give."""
+        if self.together is not None:
+            numbers[self.together] = new
+            return
         numbers[self.active] = new[: self.members]
         numbers[self.exploring] = new[self.members :]
 
