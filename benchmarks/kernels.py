@@ -21,13 +21,11 @@ On a GPU:
 import argparse
 import json
 import statistics
-from types import ModuleType
 
 import torch
 
-from hf_topkast.ops import BACKENDS, implementation
-from hf_topkast.sets.selection import block_norms, set_size, top_mask
-from hf_topkast.storage import Pattern, spread_blocks
+from hf_topkast.ops import BACKENDS
+from hf_topkast.ops.timing import RandomLayer
 
 from .measure import interleaved, machine, make_parser, median_ratio, plot_bars
 
@@ -55,8 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-class Problem:
-    """One layer's tensors, and its three products by dense α."""
+class Problem(RandomLayer):
+    """A random layer as its peers hold it, and the least that each product has to do."""
 
     def __init__(
         self,
@@ -68,54 +66,32 @@ class Problem:
         block_size: tuple[int, int] = (1, 1),
         device: str = "cpu",
     ):
-        generator = torch.Generator(device).manual_seed(0)
-        self.theta = torch.randn(shape, generator=generator, device=device)
-        scores = block_norms(self.theta, block_size)
-        shares = density, min(1.0, density * backward_ratio)
-        sets = (top_mask(scores, set_size(scores.numel(), share)) for share in shares)
-        self.active, self.backward = (spread_blocks(mask, block_size) for mask in sets)
-        self.pattern = Pattern.from_masks(self.active, self.backward, block_size)
-        self.values = self.theta.flatten()[self.pattern.flat_index()].to(dtype)
-        self.theta = self.theta.to(dtype)
+        super().__init__(shape, tokens, density, min(1.0, density * backward_ratio), dtype, block_size, device)
+        self.active, self.backward = self.pattern.active_mask(), self.pattern.backward_mask()
+        self.theta = torch.randn(shape, device=device).to(dtype)
+        self.theta.view(-1)[self.pattern.flat_index()] = self.values
         self.alpha = self.theta * self.active
-        sizes = self.pattern.active, self.pattern.stored
-        self.x = torch.randn(tokens, shape[1], generator=generator, device=device).to(dtype)
-        self.dy = torch.randn(tokens, shape[0], generator=generator, device=device).to(dtype)
         # Multiply-adds of each pass on the weights that it needs, and bytes: two dense operands, values and columns.
-        used = dict(zip(PASSES, (sizes[0], sizes[0], sizes[1])))
-        block = block_size[0] * block_size[1]
-        column = self.pattern.columns.element_size() / block
+        used = dict(zip(PASSES, (self.pattern.active, self.pattern.active, self.pattern.stored)))
+        column = self.pattern.columns.element_size() / (block_size[0] * block_size[1])
         dense = (self.x.numel() + self.dy.numel()) * dtype.itemsize
         self.work = {name: tokens * size for name, size in used.items()}
         self.bytes = {name: dense + size * (dtype.itemsize + column) for name, size in used.items()}
 
-    def _dense(self):
-        return {
-            "forward": lambda: self.x @ self.alpha.T,
-            "grad_input": lambda: self.dy @ self.alpha,
-            "grad_values": lambda: self.dy.T @ self.x,
-        }
-
     def peer(self, name: str):
-        if name == "auto":
-            operands = {"forward": self.x, "grad_input": self.dy, "grad_values": self.x}
-            chosen = {name: implementation("auto", name, x, self.pattern) for name, x in operands.items()}
-            return {name: self.backend(backend)[name] for name, backend in chosen.items()}
-        others = {"dense": self._dense, "torch.sparse": self._torch_sparse, "masks": self._masks}
-        return others[name]() if name in others else self.backend(BACKENDS[name])
+        others = {
+            "auto": self.chosen_products,
+            "dense": self.dense_products,
+            "torch.sparse": self._torch_sparse,
+            "masks": self._masks,
+        }
+        return others[name]() if name in others else self.products(BACKENDS[name])
 
     def _masks(self):
         return {
             "forward": lambda: self.x @ (self.theta * self.active).T,
             "grad_input": lambda: self.dy @ self.alpha,
             "grad_values": lambda: (self.dy.T @ self.x).mul_(self.backward),
-        }
-
-    def backend(self, backend: ModuleType):
-        return {
-            "forward": lambda: backend.forward(self.x, self.values, self.pattern, None),
-            "grad_input": lambda: backend.grad_input(self.dy, self.values, self.pattern),
-            "grad_values": lambda: backend.grad_values(self.dy, self.x, self.pattern),
         }
 
     def _torch_sparse(self):

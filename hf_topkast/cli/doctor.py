@@ -119,7 +119,6 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     """Forward, dX and dW of layers of SHAPES together, sparse against dense, on the GPU if there is one."""
     import torch
 
-    from ..ops import implementation
     from ..ops.timing import RandomLayer, interleaved, median_ratio
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,9 +126,7 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     for shape in SHAPES:
         layer = RandomLayer(shape, TOKENS, *DENSITIES, device=device)
         dense = layer.dense_products()
-        operands = {"forward": layer.x, "grad_input": layer.dy, "grad_values": layer.x}
-        chosen = {name: implementation("auto", name, x, layer.pattern) for name, x in operands.items()}
-        sparse = {name: layer.products(backend)[name] for name, backend in chosen.items()}
+        sparse = layer.chosen_products()
         runs = {"dense": functools.partial(_all, dense), "sparse": functools.partial(_all, sparse)}
         start = time.perf_counter()
         interleaved(runs, 1, device)
@@ -139,7 +136,7 @@ def measure(seconds: float) -> list[dict[str, Any]]:
         rows.append(
             {
                 "shape": list(shape),
-                "backends": {name: backend.__name__.rpartition(".")[2] for name, backend in chosen.items()},
+                "backends": {name: backend.__name__.rpartition(".")[2] for name, backend in layer.chosen().items()},
                 "dense_milliseconds": 1000 * sorted(times["dense"])[rounds // 2],
                 "sparse_milliseconds": 1000 * sorted(times["sparse"])[rounds // 2],
                 "dense_over_sparse": median_ratio(times["dense"], times["sparse"]),

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from ..storage import Pattern, spread_blocks
+from . import implementation
 
 
 def clock(device: str = "cpu") -> float:
@@ -72,18 +73,18 @@ class RandomLayer:
         block_size: tuple[int, int] = (1, 1),
         device: str = "cpu",
     ):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         grid = [size // side for size, side in zip(shape, block_size)]
-        order = torch.rand(grid, generator=generator).flatten().argsort()
+        order = torch.rand(grid, generator=generator, device=device).flatten().argsort()
         masks = []
         for share in (density, density if backward_density is None else backward_density):
-            mask = torch.zeros(order.numel(), dtype=torch.bool)
+            mask = torch.zeros(order.numel(), dtype=torch.bool, device=device)
             mask[order[: max(1, round(share * order.numel()))]] = True
-            masks.append(spread_blocks(mask.view(*grid), block_size).to(device))
+            masks.append(spread_blocks(mask.view(*grid), block_size))
         self.pattern = Pattern.from_masks(*masks, block_size)
 
         def randoms(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator).to(device, dtype)
+            return torch.randn(*size, generator=generator, device=device).to(dtype)
 
         self.values = randoms(self.pattern.stored)
         self.x, self.dy = randoms(tokens, shape[1]), randoms(tokens, shape[0])
@@ -95,6 +96,15 @@ class RandomLayer:
             "grad_input": lambda: backend.grad_input(self.dy, self.values, self.pattern),
             "grad_values": lambda: backend.grad_values(self.dy, self.x, self.pattern),
         }
+
+    def chosen(self) -> dict[str, ModuleType]:
+        """The backends that a layer would take for the three products, by name."""
+        operands = {"forward": self.x, "grad_input": self.dy, "grad_values": self.x}
+        return {name: implementation("auto", name, x, self.pattern) for name, x in operands.items()}
+
+    def chosen_products(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """The three masked products by those."""
+        return {name: self.products(backend)[name] for name, backend in self.chosen().items()}
 
     def dense_products(self) -> dict[str, Callable[[], torch.Tensor]]:
         """The three products of the dense layer of the same shape."""
