@@ -1,5 +1,9 @@
 """What a model is refused for, or told, when it becomes sparse."""
 
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -9,6 +13,19 @@ from ..method import get_method
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_names(settings: Iterable[str]):
+    """
+    Raises:
+        TypeError: if one of the names is no field of [`TopKastConfig`]; the message lists those spelt most like it.
+    """
+    known = [spec.name for spec in fields(TopKastConfig) if spec.init]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, cutoff=0.5)  # sparsity is near to density
+            meant = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise TypeError(f"sparsify has no setting '{name}'.{meant} help(hf_topkast.TopKastConfig) lists all.")
 
 
 def check_blocks(name: str, shape: tuple[int, int], block_size: list[int], experts: int | None = None):

@@ -26,7 +26,7 @@ from ..sets import SetPlan, check_finite
 from ..storage import NOWHERE, unpack_bits
 from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
-from .cautions import check_blocks, check_not_quantized, warn_of_a_cut
+from .cautions import check_blocks, check_names, check_not_quantized, warn_of_a_cut
 from .correction import correct_in_order, corrected
 from .first_sets import first_sets
 from .targets import find_targets
@@ -96,13 +96,15 @@ def sparsify(
         `torch.nn.Module`: the same object.
 
     Raises:
-        TypeError: if `config` is not a [`TopKastConfig`], or a setting is not one of its fields.
+        TypeError: if `model` is no module, `config` no [`TopKastConfig`], or a setting not one of its fields.
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
             no layer matches (the message lists candidates), if a named layer is of an unsupported type, tied to
             another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite or not
             loaded yet, if `calibration` does not go with `score` or with the model, or as [`SetPlan`] says. The model
             is unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify takes a model that is loaded, such as one of from_pretrained, not {model!r}.")
     if not (config is None or isinstance(config, TopKastConfig)):
         raise TypeError(
             "sparsify takes a TopKastConfig, or its fields by name as in sparsify(model, density=0.2), not "
@@ -110,6 +112,7 @@ def sparsify(
         )
     if config is not None and settings:
         raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
+    check_names(settings)
     if calibration is not None:
         settings.setdefault("score", "activation")
     if config is None:

@@ -48,7 +48,10 @@ def find_targets(model: nn.Module, config: TopKastConfig) -> dict[str, nn.Module
             check_forward(name.rpartition(".")[0], layer.owner)
         _check_supported(name, layer, shared)
     if not targets:
-        raise ValueError(f"No layer of {type(model).__name__} is left to be made sparse: {_candidates(model)}")
+        raise ValueError(
+            f"No layer of {type(model).__name__} is left to be made sparse: say which in target_modules. "
+            f"{_candidates(model)}"
+        )
     return targets
 
 
@@ -214,5 +217,5 @@ def _supported() -> str:
 def _candidates(model: nn.Module) -> str:
     names = list(_convertible(model))
     if not names:
-        return "it has no nn.Linear and no Conv1D."
+        return "It has no nn.Linear and no Conv1D."
     return f"Candidates: {', '.join(names[:12])}" + (f", ... ({len(names)} in all)." if len(names) > 12 else ".")

@@ -133,6 +133,8 @@ def test_no_match_lists_candidates():
         r"matches \['query'\].*Candidates: transformer\.h\.0\.attn\.c_attn",
     )
     check_refused(nn.Sequential(nn.ReLU()), lambda model: sparsify(model, density=0.2), "no nn.Linear and no Conv1D")
+    model = nn.Sequential(nn.Linear(4, 4))
+    check_refused(model, lambda model: sparsify(model, density=0.2), "say which in target_modules. Candidates: 0")
 
 
 @pytest.mark.parametrize("target", [["wte"], ["ln_1"], ["mlp"], r".*\.ln_1"])
@@ -148,6 +150,13 @@ def test_tied_weight_is_refused_by_name():
     check_refused(
         make_gpt2(), lambda model: sparsify(model, density=0.2, target_modules=["lm_head"]), "'lm_head'.*is tied"
     )
+
+
+def test_what_is_no_setting_and_no_model_is_named():
+    with pytest.raises(TypeError, match="no setting 'sparsity'.*Did you mean.*density.*TopKastConfig"):
+        sparsify(make_gpt2(), sparsity=0.8)
+    with pytest.raises(TypeError, match="takes a model that is loaded.*'gpt2'"):
+        sparsify("gpt2", density=0.2)
 
 
 def test_sparsify_twice_is_refused():
