@@ -149,7 +149,10 @@ class TopKastTrainerMixin(MixedInto):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+                raise CheckpointError(
+                    f"There is no whole checkpoint in {self.args.output_dir} to resume from. Give the directory of "
+                    "one, or leave resume_from_checkpoint out to start from the beginning."
+                )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TopKastLayerLogger):
                 callback.loggers = self.callback_handler.callbacks
