@@ -181,7 +181,7 @@ def _kth_largest_by_counting(scores: Tensor, count: int) -> Tensor:
     upper, count = _kth_largest_bin((keys >> 16) + 2**15, count)
     lower, _ = _kth_largest_bin(keys[keys >> 16 == upper - 2**15] & (2**16 - 1), count)
     key = (upper - 2**15) * 2**16 + lower
-    bits = torch.tensor([key], dtype=torch.int32, device=scores.device)
+    bits = bits.new_full((1,), key)
     return (bits ^ ((bits >> 31) & INT32_MAX)).view(torch.float32)
 
 
