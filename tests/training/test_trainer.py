@@ -25,7 +25,7 @@ from hf_topkast import (
 )
 from hf_topkast.checkpoints.checkpoint import STATE_NAME
 from hf_topkast.surgery import sparse_layers
-from hf_topkast.training.ahead import unpacked
+from hf_topkast.training.ahead import taken_sets
 from hf_topkast.training.callback import AHEAD_NAME
 
 
@@ -114,7 +114,7 @@ def test_sets_chosen_ahead_under_other_settings_are_not_used(tmp_path, monkeypat
     assert (tmp_path / "checkpoint-5" / AHEAD_NAME).is_file()
     used = []
     monkeypatch.setattr(
-        "hf_topkast.training.refresher.unpacked", lambda *arguments: used.append(1) or unpacked(*arguments)
+        "hf_topkast.training.refresher.taken_sets", lambda *arguments: used.append(1) or taken_sets(*arguments)
     )
     trainer = make_trainer(tmp_path, config=TopKastConfig(**{**fields, **settings}), **common)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
