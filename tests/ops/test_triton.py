@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poisoned_memory import runs_on_poisoned_memory
 from torch.utils.checkpoint import checkpoint
 
 from hf_topkast import TopKastController, ops, sparsify
@@ -260,19 +261,12 @@ def test_what_the_layer_does_not_read_stays_out(block_size):
 @pytest.mark.parametrize("block_size", [(1, 1), (3, 2), (16, 32), (128, 16)])
 def test_every_number_is_written_and_none_is_left_over_from_before(block_size, monkeypatch):
     case = problem(layer_shape(block_size), 33, block_size=block_size)
-    empty, poison = torch.empty, {}
 
-    def poisoned(*size, **settings):
-        tensor = empty(*size, **settings)
-        return tensor.fill_(poison["float"] if tensor.is_floating_point() else poison["index"])
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    runs = []
-    for number, index in ((float("nan"), 1), (1e30, 0)):
-        poison.update({"float": number, "index": index})
-        runs.append(products(*case[1:]))
+    def run():
         assert_products(case)
-    assert all(torch.equal(first, second) for first, second in zip(*runs))
+        return products(*case[1:])
+
+    assert all(torch.equal(first, second) for first, second in zip(*runs_on_poisoned_memory(run, monkeypatch)))
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="watches the interpreter's loads and stores")

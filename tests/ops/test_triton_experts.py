@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poisoned_memory import runs_on_poisoned_memory
 
 from hf_topkast.ops import grouped, reference
 from hf_topkast.ops.grouped import grouped_linear
@@ -184,19 +185,12 @@ def test_what_the_products_do_not_read_stays_out(block_size, shape):
 @FORMS
 def test_every_number_is_written_and_none_is_left_over_from_before(block_size, shape, monkeypatch):
     case = problem(COUNTS["some"], shape, block_size)
-    empty, poison = torch.empty, {}
 
-    def poisoned(*size, **settings):
-        tensor = empty(*size, **settings)
-        return tensor.fill_(poison["float"] if tensor.is_floating_point() else poison["index"])
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    runs = []
-    for number, index in ((float("nan"), 1), (1e30, 0)):
-        poison.update({"float": number, "index": index})
-        runs.append(products(*case[1:]))
+    def run():
         assert_products(case)
-    assert all(torch.equal(first, second) for first, second in zip(*runs))
+        return products(*case[1:])
+
+    assert all(torch.equal(first, second) for first, second in zip(*runs_on_poisoned_memory(run, monkeypatch)))
 
 
 def test_alpha_is_made_for_experts_that_have_rows():
