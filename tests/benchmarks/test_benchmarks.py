@@ -37,7 +37,10 @@ RUNS = {
     peers: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--peers", "hf_topkast", "torch.sparse"],
     inspect_files: ["--gigabytes", "0.001", "--rounds", "1"],
     scaling: ["--plan"],  # the measurement starts many processes
-    generate: [*TINY, "--new-tokens", "2", "--rounds", "1"],
+    generate: [
+        *(*TINY, "--new-tokens", "2", "--rounds", "1", "--densities", "0.2/0.4", "0.5"),
+        *("--dtypes", "float32", "bfloat16", "--batches", "1", "2"),
+    ],
     refresh: ["--shapes", "8x16", "--rounds", "1", "--block-size", "4", "1"],
     step_time: [*TINY, "--bf16", "--rounds", "1", "--batch", "1", "--context", "8", "--block-size", "4", "1"],
     kernels: ["--shapes", "8x16", "--tokens", "3", "--densities", "0.5", "--rounds", "1", "--block-size", "4", "1"],
