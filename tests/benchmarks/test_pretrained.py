@@ -1,13 +1,14 @@
 """That fine-tunings of a pretrained model run, are written down once, and start alike. Perplexities are not judged."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import measure, pretrained
+from benchmarks import measure, pretrained, pretrained_step
 
 
 @pytest.fixture
@@ -47,3 +48,13 @@ def test_a_run_that_is_none_is_named(places, tmp_path, name, capsys):
     with pytest.raises(SystemExit):
         pretrained.parse([*places, "--json", str(tmp_path / "out.jsonl"), "--runs", name])
     assert name in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("threads")
+def test_steps(places, tmp_path, monkeypatch):
+    options = ["--densities", "0.5", "--window", "8", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", places[0], *options, "--json", str(tmp_path / "out.json")])
+    pretrained_step.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == ["dense", "LoRA", "density 0.5"] * 2
+    assert all(row["seconds"] > 0 and row["state"] < 1 for row in rows if row["run"] != "dense")
