@@ -1,7 +1,6 @@
 """What a user may set: one validated dataclass, for `HfArgumentParser`, JSON and the state file alike."""
 
 import copy
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, overload
 
@@ -10,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checks import GuardedSettings, plain
 from .config_checks import SCHEDULE, check_density, check_fields
 from .method import get_method
+from .presets import Presets
 
 
 QUANT_METHOD = "topkast"
@@ -21,13 +21,11 @@ DEFAULTS = {
     "new_state_warmup": 0,
     "score": "magnitude",
 }
-# Share of a fine-tuning's weights that is explored beside A.
-EXPLORATION = 0.1
 SCHEDULE_DEFAULTS = dict(zip(SCHEDULE, ("cubic", 0.0, 0.5)))
 
 
 @dataclass
-class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
+class TopKastConfig(Presets, GuardedSettings, QuantizationConfigMixin):
     """
     Settings of Top-KAST training (Jayakumar et al., NeurIPS 2020), read by [`sparsify`] and [`TopKastController`].
 
@@ -259,29 +257,6 @@ class TopKastConfig(GuardedSettings, QuantizationConfigMixin):
                 setattr(self, name, default)
         check_fields(self)
         self.guard()
-
-    @classmethod
-    def for_finetuning(cls, density: float | str = 0.5, **settings: Any) -> "TopKastConfig":
-        """
-        What did best for pretrained weights in short trainings (docs/fine_tuning.md): sets that never change, and no
-        penalty, which pulls weights to zero. Best with `sparsify(..., calibration=batches)`.
-
-        Args:
-            density (`float` or `str`, *optional*, defaults to 0.5): as of the class.
-            **settings: any other fields, which win. With a method that explores, such as `method="topkast"`, B is a
-                tenth of the weights larger than A: twice as large takes more memory at 0.5 than a dense model.
-
-        Example:
-
-        ```python
-        sparsify(model, TopKastConfig.for_finetuning(0.5), calibration=batches)
-        ```
-        """
-        settings = {"method": "static", "penalty": 0.0, **settings}
-        ratio = get_method(settings["method"]).backward_ratio
-        if cls(density=density).density != "nonzero" and 1 < ratio < math.inf:
-            settings = {"backward_density": min(1.0, density + EXPLORATION), **settings}
-        return cls(density=density, **settings)
 
     def derived(self) -> set[str]:
         """The fields that are what they would be if they had not been given."""

@@ -15,6 +15,16 @@ def test_backward_density_defaults_to_twice_density():
     assert TopKastConfig(density=0.7).backward_density == 1.0
 
 
+def test_settings_for_pretraining():
+    config = TopKastConfig.for_pretraining(0.1)
+    assert config == TopKastConfig(density=0.1, exploration_lr_scale=0.3, penalty=0.03, penalty_mode="decoupled")
+    assert config.backward_density == 0.2
+    given = TopKastConfig.for_pretraining(0.1, penalty=0.1, backward_density=0.1)
+    assert (given.penalty, given.backward_density, given.exploration_lr_scale) == (0.1, 0.1, 0.3)
+    with pytest.raises(ValueError, match="density=2"):
+        TopKastConfig.for_pretraining(2)
+
+
 def test_settings_for_finetuning():
     config = TopKastConfig.for_finetuning(0.5)
     assert config == TopKastConfig(density=0.5, method="static", penalty=0.0)
