@@ -88,6 +88,7 @@ def test_training_equals_the_masked_simulation(make_model, densities, refresh_ev
         {"new_state": "mean"},
         {"exploration_lr_scale": 0.3},
         {"exploration_lr_scale": 0.0, "penalty": 0.0},
+        {"penalty_mode": "decoupled", "penalty": 0.03, "exploration_lr_scale": 0.3},  # as for_pretraining has it
     ],
     ids=str,
 )
