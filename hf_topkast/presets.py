@@ -39,8 +39,10 @@ class Presets:
         sparsify(model, TopKastConfig.for_pretraining(0.1))
         ```
         """
-        found = {"exploration_lr_scale": 0.3, "penalty": 0.03, "penalty_mode": "decoupled"}
-        return cls(density=density, **{**found, **settings})
+        settings = {"penalty": 0.03, "penalty_mode": "decoupled", **settings}
+        if get_method(settings.get("method", "topkast")).explores:
+            settings = {"exploration_lr_scale": 0.3, **settings}
+        return cls(density=density, **settings)
 
     @classmethod
     def for_finetuning(cls, density: float | str = 0.5, **settings: Any) -> "Self":

@@ -21,6 +21,8 @@ def test_settings_for_pretraining():
     assert config.backward_density == 0.2
     given = TopKastConfig.for_pretraining(0.1, penalty=0.1, backward_density=0.1)
     assert (given.penalty, given.backward_density, given.exploration_lr_scale) == (0.1, 0.1, 0.3)
+    other = TopKastConfig.for_pretraining(0.1, method="rigl")  # which has no exploration set
+    assert (other.penalty, other.exploration_lr_scale, other.backward_density) == (0.03, 1.0, 0.1)
     with pytest.raises(ValueError, match="density=2"):
         TopKastConfig.for_pretraining(2)
 
