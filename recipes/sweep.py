@@ -23,6 +23,8 @@ A sweep file:
     tune: learning_rate            # the field to choose the best value of, on the valid split (this is the default)
     seeds: [0, 1, 2]               # default [0]. All values run with the first seed, the best one with the others too
     seeds_everywhere: false        # true: all values with all seeds, and the best mean is chosen
+    seeds_within: 0.03             # values whose first seed comes this close to the best run with the other seeds too,
+                                   # and the best mean is chosen; default 0
     keep_models: false             # true: weights and checkpoints of finished runs stay on disk
     like: table5_cpu.yaml          # another sweep file, relative to this one, whose keys count where this has none
     overrides: {max_steps: 12}     # fields that win over the rows, as --set does
@@ -42,10 +44,11 @@ from pathlib import Path
 from typing import Any
 
 from sweep_costs import describe_costs
-from sweep_plan import Row, Run, Sweep, load_yaml, metric_of, read_sweep
+from sweep_plan import Row, Run, Sweep, metric_of, read_sweep
 from sweep_plots import draw_plots
 from sweep_runs import Child, describe_failure, is_done, refuse_other_settings, start, tidy
 from sweep_tables import read_result, read_results, write_tables
+from sweep_yaml import load_yaml
 
 
 POLL_SECONDS = 0.5
@@ -177,7 +180,7 @@ def report(
 ) -> None:
     """What follows the end of a run: its line, its tidying, the tables."""
     done = sum(r.folder in finished for row in rows for r in sweep.wanted_runs(row, finished))
-    place = f"[{done}/{sum(map(sweep.total_runs, rows))}] {run.name}"
+    place = f"[{done}/{sum(sweep.total_runs(row, finished) for row in rows)}] {run.name}"
     if run.folder in failed:
         print(f"{place}: FAILED, {failed[run.folder]}", flush=True)
     else:

@@ -67,7 +67,7 @@ def describe_costs(sweep: Sweep, rows: list[Row], finished: dict[Path, dict]) ->
         cost = ("" if flops is None else f"{flops:9.3g} FLOPs") + ("" if hours is None else f"{hours:8.2f} h")
         wanted = sweep.wanted_runs(row, finished)
         names = [(run.name, _state(run, finished)) for run in wanted]
-        later = sweep.total_runs(row) - len(wanted)
+        later = sweep.total_runs(row, finished) - len(wanted)
         names += [(f"{row.name}, best {sweep.tune}, seed {seed}", "later") for seed in sweep.seeds[1:] if later]
         for name, state in names:
             lines.append(f"{state:<9} {cost or 'cost unknown':<24} {name}")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from arguments import DATACLASSES, FineTuningArguments, parse_arguments, refuse_unknown_keys
 from fine_tuning import settle_fine_tuning
+from sweep_yaml import dump_yaml, load_yaml
 from transformers import TrainingArguments
 
 from hf_topkast import TopKastConfig
@@ -23,8 +23,8 @@ from hf_topkast import TopKastConfig
 # Under everything: no sample text, no bars in log files.
 DEFAULTS = {"sample_tokens": 0, "disable_tqdm": True, "report_to": "none", "save_total_limit": 1}
 OF_THE_SWEEP = {"seed": "give `seeds`", "output_dir": "give it at the top", "resume": "the sweep resumes by itself"}
-SWEEP_KEYS = {"output_dir", "base", "settings", "rows", "grid", "tune", "seeds", "seeds_everywhere", "keep_models"}
-SWEEP_KEYS |= {"like", "overrides"}
+SWEEP_KEYS = {"output_dir", "base", "settings", "rows", "grid", "tune", "seeds", "seeds_everywhere", "seeds_within"}
+SWEEP_KEYS |= {"keep_models", "like", "overrides"}
 FIELDS = {spec.name for cls in DATACLASSES for spec in fields(cls) if spec.init}
 # What a dense row has no use for.
 SPARSE_FIELDS = {spec.name for cls in (TopKastConfig, FineTuningArguments) for spec in fields(cls)}
@@ -64,6 +64,7 @@ class Sweep:
     tune: str = "learning_rate"
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
     seeds_everywhere: bool = False
+    seeds_within: float = 0.0
     keep_models: bool = False
 
     def run(self, row: Row, value: Any, seed: int) -> Run:
@@ -78,28 +79,38 @@ class Sweep:
         seeds = self.seeds if self.seeds_everywhere else self.seeds[:1]
         return [self.run(row, value, seed) for seed in seeds for value in row.values]
 
-    def wanted_runs(self, row: Row, finished: dict[Path, dict]) -> list[Run]:
-        """The runs that are wanted as far as it is known: once there is a best value, the other seeds with it."""
-        runs = self.first_runs(row)
-        best = self.best_value(row, finished)
-        if best is None or self.seeds_everywhere:
-            return runs
-        return runs + [self.run(row, best[0], seed) for seed in self.seeds[1:]]
+    def contenders(self, row: Row, finished: dict[Path, dict]) -> list[Any]:
+        """The values that the other seeds are wanted of: none while a run of the first seed is missing."""
+        if self.seeds_everywhere:
+            return row.values
+        first = self.first_runs(row)
+        if any(run.folder not in finished for run in first):
+            return []
+        scores = [valid_score(finished[run.folder]) for run in first]
+        limit = min(scores) + self.seeds_within
+        close = [run.value for run, score in zip(first, scores) if score <= limit]
+        return close if math.isfinite(limit) else close[:1]
 
-    def total_runs(self, row: Row) -> int:
-        """How many runs the row will have in the end."""
-        many = len(self.seeds)
-        return len(row.values) * many if self.seeds_everywhere else len(row.values) + many - 1
+    def wanted_runs(self, row: Row, finished: dict[Path, dict]) -> list[Run]:
+        """The runs that are wanted as far as it is known: once the first seed is through, the others of the best."""
+        more = [self.run(row, value, seed) for seed in self.seeds[1:] for value in self.contenders(row, finished)]
+        return list({run.folder: run for run in self.first_runs(row) + more}.values())
+
+    def total_runs(self, row: Row, finished: dict[Path, dict]) -> int:
+        """How many runs the row will have in the end; those of a single best value while it is not known."""
+        contenders = len(self.contenders(row, finished)) or 1
+        return len(row.values) + contenders * (len(self.seeds) - 1)
 
     def best_value(self, row: Row, finished: dict[Path, dict]) -> tuple[Any] | None:
-        """The value with the best mean of the valid metric, in a tuple; `None` while a run of its grid is missing."""
-        runs = self.first_runs(row)
-        if any(run.folder not in finished for run in runs):
+        """The value with the best mean of the valid metric, in a tuple; `None` while a wanted run is missing."""
+        if any(run.folder not in finished for run in self.wanted_runs(row, finished)):
             return None
-        scores: dict[int, list[float]] = {}
-        for run in runs:
-            scores.setdefault(row.values.index(run.value), []).append(valid_score(finished[run.folder]))
-        return (row.values[min(scores, key=lambda place: sum(scores[place]) / len(scores[place]))],)
+
+        def mean(value: Any) -> float:
+            scores = [valid_score(finished[self.run(row, value, seed).folder]) for seed in self.seeds]
+            return sum(scores) / len(scores)
+
+        return (min(self.contenders(row, finished), key=mean),)
 
     def is_at_edge(self, row: Row, value: Any) -> bool:
         """Whether a number is the smallest or the largest of those tried, so that a better one may lie beyond."""
@@ -144,13 +155,16 @@ def read_sweep(path: str | Path, overrides: dict[str, Any] | None = None) -> Swe
         if not content.get(key):
             raise ValueError(f"`{path}` has no `{key}`: see the top of recipes/sweep.py for what a sweep file holds.")
     sweep = Sweep(Path(content["output_dir"]), rows=[])
-    for key in ("tune", "seeds", "seeds_everywhere", "keep_models"):
+    for key in ("tune", "seeds", "seeds_everywhere", "seeds_within", "keep_models"):
         setattr(sweep, key, content.get(key, getattr(sweep, key)))
     whole = isinstance(sweep.seeds, list) and all(isinstance(seed, int) for seed in sweep.seeds)
     if not whole or not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         raise ValueError(
             f"`seeds: {sweep.seeds}` in `{path}` is not a list of different whole numbers, such as [0, 1]."
         )
+    within = sweep.seeds_within
+    if isinstance(within, bool) or not isinstance(within, int | float) or not within >= 0:
+        raise ValueError(f"`seeds_within: {within}` in `{path}` is not a distance in the metric, such as 0.03.")
     _check_fields([sweep.tune], f"`tune` of `{path}`")
     _check_fields(overrides, f"`overrides` of `{path}` or --set")
     _check_fields(content.get("settings"), f"`settings` of `{path}`")
@@ -265,45 +279,3 @@ def parse_run(run: Run) -> tuple:
     model_args, _, _, topkast, _, tuning = parsed
     settle_fine_tuning(tuning, topkast, model_args.sparse, model_args.model_name_or_path)
     return parsed
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everyone means it, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"`{key}` stands twice in the lines after {node.start_mark.line}.")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def load_yaml(source: Path | str, name: str | None = None) -> dict[str, Any]:
-    """
-    A mapping from a YAML file, or from YAML itself.
-
-    Raises:
-        `ValueError`: If it does not exist, is not YAML or not a mapping; the message has the name.
-    """
-    name = name or f"`{source}`"
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ValueError(f"There is no file {name}.")
-        source = source.read_text(encoding="utf-8")
-    try:
-        content = yaml.load(source, _Loader)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} is not a list of `field: value` lines.")
-    return content
-
-
-def dump_yaml(settings: dict[str, Any]) -> str:
-    """A run's settings as a file for run_clm.py."""
-    return yaml.safe_dump(settings, sort_keys=True)

@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweep_plan import Run, Sweep, dump_yaml, load_yaml
+from sweep_plan import Run, Sweep
+from sweep_yaml import dump_yaml, load_yaml
 
 from hf_topkast.checkpoints import last_whole_checkpoint
 

@@ -95,7 +95,7 @@ def summarize(sweep: Sweep, row: Row, finished: dict[Path, dict], failed: dict[P
     """A row of the table as numbers: without results while runs are missing."""
     wanted = sweep.wanted_runs(row, finished)
     done, lost = (sum(run.folder in where for run in wanted) for where in (finished, failed))
-    summary = {"row": row.name, "runs_done": done, "runs": sweep.total_runs(row), "runs_failed": lost}
+    summary = {"row": row.name, "runs_done": done, "runs": sweep.total_runs(row, finished), "runs_failed": lost}
     runs = best_runs(sweep, row, finished)
     if not runs:
         return summary
@@ -137,7 +137,11 @@ def describe_run(sweep: Sweep, run: Run, finished: dict[Path, dict], failed: dic
 
 def _about(sweep: Sweep, metrics: list[str], finished: dict[Path, dict]) -> str:
     many = len(sweep.seeds)
-    of = f"the mean of seeds {sweep.seeds}" if sweep.seeds_everywhere and many > 1 else f"seed {sweep.seeds[0]}"
+    of = f"seed {sweep.seeds[0]}"
+    if sweep.seeds_everywhere and many > 1:
+        of = f"the mean of seeds {sweep.seeds}"
+    elif sweep.seeds_within and many > 1:
+        of += f", and by the mean of seeds {sweep.seeds} where that is within {sweep.seeds_within} of another"
     lines = [
         f"valid and test: {' or '.join(metrics) or 'not known yet'}, less is better"
         + (f"; mean ± standard deviation over {many} seeds" if many > 1 else "")

@@ -4,8 +4,9 @@ import arguments
 import pytest
 import yaml
 from arguments import FineTuningArguments
-from sweep_plan import load_yaml, parse_run, read_sweep
+from sweep_plan import parse_run, read_sweep
 from sweep_plots import group_rows
+from sweep_yaml import load_yaml
 
 
 PAPER = Path(arguments.__file__).parent / "paper"
@@ -117,7 +118,7 @@ def test_other_seeds_wait_for_the_best_value(read):
     sweep = read("rows: {a: {learning_rate: [1e-3, 2e-3, 4e-3]}}\nseeds: [0, 1, 2]")
     (row,) = sweep.rows
     first = sweep.first_runs(row)
-    assert [run.seed for run in first] == [0, 0, 0] and sweep.total_runs(row) == 5
+    assert [run.seed for run in first] == [0, 0, 0] and sweep.total_runs(row, {}) == 5
     assert sweep.wanted_runs(row, finish((first[0], 2.0), (first[1], 1.0))) == first
     wanted = sweep.wanted_runs(row, finish((first[0], 2.0), (first[1], 1.0), (first[2], float("nan"))))
     assert wanted[:3] == first and [(run.value, run.seed) for run in wanted[3:]] == [(0.002, 1), (0.002, 2)]
@@ -127,12 +128,33 @@ def test_seeds_everywhere_choose_by_the_mean(read):
     sweep = read("rows: {a: {learning_rate: [1e-3, 2e-3]}}\nseeds: [0, 1]\nseeds_everywhere: true")
     (row,) = sweep.rows
     runs = sweep.first_runs(row)
-    assert len(runs) == sweep.total_runs(row) == 4
+    assert len(runs) == sweep.total_runs(row, {}) == 4
     scores = {(0.001, 0): 1.0, (0.001, 1): 4.0, (0.002, 0): 2.0, (0.002, 1): 2.0}
     finished = finish(*((run, scores[run.value, run.seed]) for run in runs))
     assert sweep.best_value(row, finished) == (0.002,)
     finished.pop(runs[3].folder)
     assert sweep.best_value(row, finished) is None
+
+
+def test_close_values_run_with_all_seeds_and_the_best_mean_is_chosen(read):
+    sweep = read("rows: {a: {learning_rate: [1e-3, 2e-3, 4e-3, 8e-3]}}\nseeds: [0, 1]\nseeds_within: 0.03")
+    (row,) = sweep.rows
+    first = sweep.first_runs(row)
+    scores = list(zip(first, (2.04, 2.03, 2.0, float("nan"))))
+    assert sweep.wanted_runs(row, finish(*scores[:3])) == first
+    more = [sweep.run(row, value, 1) for value in (0.002, 0.004)]
+    assert sweep.wanted_runs(row, finish(*scores)) == [*first, *more]
+    assert sweep.total_runs(row, finish(*scores)) == 6
+    assert sweep.best_value(row, finish(*scores, (more[0], 2.0))) is None
+    assert sweep.best_value(row, finish(*scores, (more[0], 2.0), (more[1], 2.02))) == (0.004,)
+    assert sweep.best_value(row, finish(*scores, (more[0], 2.0), (more[1], 2.04))) == (0.002,)
+
+
+def test_where_all_diverge_one_value_runs_with_the_other_seeds(read):
+    sweep = read("rows: {a: {learning_rate: [1e-3, 2e-3]}}\nseeds: [0, 1]\nseeds_within: 0.03")
+    (row,) = sweep.rows
+    finished = finish(*((run, float("nan")) for run in sweep.first_runs(row)))
+    assert sweep.contenders(row, finished) == [0.001]
 
 
 def test_edges_are_those_of_numbers_of_which_there_are_several(read):
@@ -167,6 +189,9 @@ def test_edges_are_those_of_numbers_of_which_there_are_several(read):
         ("rows: {a: {}}\nseeds: [1, 1]", r"seeds: \[1, 1\]"),
         ("rows: {a: {}}\nseeds: 3", "seeds: 3"),
         ("rows: {a: {}}\nseeds: [[0]]", r"seeds: \[\[0\]\]"),
+        ("rows: {a: {}}\nseeds_within: -1", "seeds_within: -1"),
+        ("rows: {a: {}}\nseeds_within: near", "seeds_within: near"),
+        ("rows: {a: {}}\nseeds_within: .nan", "seeds_within: nan"),
         ("rows:", "has no `rows`"),
         ("rows: {a: [}", "cannot be read"),
     ],
