@@ -1,11 +1,13 @@
 """Plots of a sweep, one PNG each, of the rows that are finished; a plot with nothing in it is not made."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from callbacks import read_churn
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from sweep_plan import Run, Sweep, parse_run
 from sweep_tables import best_runs, summarize
 
@@ -43,7 +45,8 @@ def draw_plots(sweep: Sweep, finished: dict[Path, dict]) -> list[Path]:
 def group_rows(sweep: Sweep, runs: dict[str, Run]) -> dict[str, list[str]]:
     """
     Rows that make one line, by its label: of one method, with a B that is as many times A, and equal in all fields but
-    density.
+    density. The label is what their names have after a comma ("80/60, ours" and "90/80, ours"), or else the method and
+    the fields that differ.
 
     Args:
         sweep ([`Sweep`]): Says which field is tuned.
@@ -62,7 +65,18 @@ def group_rows(sweep: Sweep, runs: dict[str, Run]) -> dict[str, list[str]]:
         for run in members:
             more = [f"{key} {run.settings[key]}" for key in differing if key in run.settings and kind]
             lines.setdefault(", ".join([kind, *more]), []).append(run.row)
-    return lines
+    endings = {label: _shared_ending(names) if label else "" for label, names in lines.items()}
+    taken = Counter(endings.values())
+    return {
+        endings[label] if endings[label] and taken[endings[label]] == 1 else label: names
+        for label, names in lines.items()
+    }
+
+
+def _shared_ending(names: list[str]) -> str:
+    """What all names, of which there are several, have after their first comma; nothing if they differ."""
+    endings = {name.partition(", ")[2] for name in names}
+    return endings.pop() if len(endings) == 1 and len(names) > 1 else ""
 
 
 def _kind(run: Run) -> str:
@@ -107,6 +121,10 @@ def _against(
             for point, height in zip(chosen, heights):
                 axes.annotate(point["row"], (point[key], height), xytext=(4, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel=label, ylabel=f"gap to dense, {metric}" if gap else f"{metric}, test")
+    if key == "density":
+        shown = sorted({points[name][key] for line, names in lines.items() if line for name in names})
+        axes.set_xticks(shown, [f"{density:g}" for density in shown])
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize="small", loc="outside right upper")
     return _save(figure, sweep, "gap_to_dense.png" if gap else f"metric_by_{key}.png")

@@ -248,6 +248,13 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "  90/80 often: {density: 0.1, backward_density: 0.2, refresh_every: 5}\n"
         "  90/0: {density: 0.1, backward_density: 1.0}\n"
         "  static: {method: static, density: 0.1, refresh_every: 7}\n"
+        "  80%, RigL: {method: rigl, density: 0.2}\n"
+        "  90%, RigL: {method: rigl, density: 0.1}\n"
+        "  80%, both: {method: set, density: 0.2}\n"
+        "  90%, both: {method: set, density: 0.1}\n"
+        "  80%, both, g: {method: gse, density: 0.2}\n"
+        "  two of, both: {method: smet, density: 0.1}\n"
+        "  three of, both: {method: smet, density: 0.2}\n"
     )
     assert group_rows(sweep, {row.name: sweep.first_runs(row)[0] for row in sweep.rows}) == {
         "": ["dense", "small"],
@@ -255,4 +262,8 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "topkast, B = 2 A, refresh_every 5": ["90/80 often"],
         "topkast, B = all": ["90/0"],
         "static": ["static"],
+        "RigL": ["80%, RigL", "90%, RigL"],
+        "set": ["80%, both", "90%, both"],
+        "gse": ["80%, both, g"],
+        "smet": ["two of, both", "three of, both"],
     }
