@@ -5,19 +5,8 @@ carries as a whole.
 
 from . import resizing as resizing  # refuses it where the head is sparse
 from .counts import SparsityCounts, count_sparsity
-from .replace import (
-    SparseInfo,
-    densify,
-    keep_buffers_from_ddp,
-    make_sparse,
-    mark_sparse,
-    replace_module,
-    sparse_info,
-    sparse_layers,
-    sparse_root,
-    sparsify,
-    weight_rows,
-)
+from .info import SparseInfo, keep_buffers_from_ddp, mark_sparse, sparse_info, sparse_layers, sparse_root
+from .replace import densify, make_sparse, replace_module, sparsify, weight_rows
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import nn
 from ..layers import TopKastGroupedLinear, TopKastLayer
 from ..method import get_method
 from ..storage import STRUCTURE, TRACKING
-from .replace import sparse_layers
+from .info import sparse_layers
 
 
 # A parameter that is trained with Adam exists four times: itself, its gradient and two moments.

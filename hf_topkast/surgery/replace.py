@@ -1,14 +1,11 @@
-"""The swap of dense layers for sparse ones, and back, and what a sparse model carries as a whole."""
+"""The swap of dense layers for sparse ones, and back."""
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TopKastConfig
@@ -29,38 +26,13 @@ from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .cautions import check_blocks, check_names, check_not_quantized, warn_of_a_cut
 from .correction import correct_in_order, corrected
 from .first_sets import first_sets
+from .info import DDP_IGNORES, SparseInfo, mark_sparse, sparse_layers
 from .targets import find_targets
 
 
 logger = logging.get_logger(__name__)
 
-# What the layers of a model were made with.
-OF_THE_LAYERS = (
-    *("block_size", "split_fused", "target_modules", "exclude_modules"),
-    *("reservoir_device", "backend", "powerprop_alpha", "score"),
-)
-DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class SparseInfo:
-    """
-    What a sparse model carries as a whole, as the attribute `topkast`.
-
-    Attributes:
-        config ([`TopKastConfig`]): a copy of the settings it was made sparse with. Fields may be set; those that the
-            layers were made with are refused.
-        step (`int`): optimizer steps that a controller has counted.
-    """
-
-    config: TopKastConfig
-    step: int = 0
-
-    def __post_init__(self) -> None:
-        self.config = copy.deepcopy(self.config)
-        self.config.fix(OF_THE_LAYERS, "what the sparse layers were made with; densify the model and sparsify it anew")
 
 
 @torch.inference_mode(False)  # training could not go on with what is made in it
@@ -105,27 +77,7 @@ def sparsify(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify takes a model that is loaded, such as one of from_pretrained, not {model!r}.")
-    if not (config is None or isinstance(config, TopKastConfig)):
-        raise TypeError(
-            "sparsify takes a TopKastConfig, or its fields by name as in sparsify(model, density=0.2), not "
-            f"{config!r}."
-        )
-    if config is not None and settings:
-        raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
-    check_names(settings)
-    if calibration is not None:
-        settings.setdefault("score", "activation")
-    if config is None:
-        config = TopKastConfig(**settings)
-    elif calibration is not None and "score" in config.derived():  # as if it had not been given
-        given = {name: value for name, value in config.to_dict().items() if name not in config.derived()}
-        config = TopKastConfig.from_dict({**given, "score": "activation"})
-    if (config.score == "activation") != (calibration is not None):
-        raise ValueError(
-            f"score={config.score!r} and calibration {'given' if calibration is not None else 'left out'}: "
-            "score='activation' ranks weights by the inputs that the batches of calibration=... bring about, and only "
-            "it uses them. Give both, or neither."
-        )
+    config = _settled(config, settings, calibrated=calibration is not None)
     if correct and calibration is None:
         raise ValueError("correct=True makes up for weights that go by the inputs of calibration=...: give batches.")
     if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
@@ -135,16 +87,7 @@ def sparsify(
     check_not_quantized(model)
     select_backend(config.backend)
     targets = find_targets(model, config)
-    for name, dense in targets.items():  # all before the first swap, so that an error leaves the model as it was
-        if dense.weight.is_meta:
-            raise ValueError(
-                f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
-            )
-        check_finite(dense.weight.detach(), name)
-        if isinstance(dense, ExpertStack):
-            check_blocks(name, (dense.out_features, dense.in_features), config.block_size, dense.experts)
-        else:
-            check_blocks(name, weight_rows(dense).shape, config.block_size)
+    _check_targets(targets, config)  # all before the first swap, so that an error leaves the model as it was
     plan = SetPlan(model, {name: _shape_of(dense) for name, dense in targets.items()}, config)
     if correct:
         calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
@@ -203,55 +146,6 @@ def densify(model: Model) -> Model:
     return model
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, TopKastLayer]]:
-    """Yields the name and the module of every sparse layer, each once, in the order of `named_modules`."""
-    for name, module in model.named_modules():
-        if isinstance(module, TopKastLayer):
-            yield name, module
-
-
-def mark_sparse(model: nn.Module, info: SparseInfo) -> None:
-    """Leaves `info` on the model and on the transformers models inside it, which may be saved by themselves."""
-    for module in model.modules():
-        if module is model or isinstance(module, PreTrainedModel):
-            module.topkast = info
-            keep_buffers_from_ddp(module)
-
-
-def keep_buffers_from_ddp(model: nn.Module) -> None:
-    """
-    Tells DDP, by the attribute it reads from what it wraps, to leave the buffers of sparse layers alone: it would send
-    structure and reservoir to every rank before each forward pass, and gloo cannot send 16-bit integers at all. A
-    wrapper around the model, such as PEFT's, has them under other names and needs to be told by itself.
-    """
-    buffers = [f"{name}.{key}" for name, layer in sparse_layers(model) for key, _ in layer.named_buffers()]
-    others = set(getattr(model, DDP_IGNORES, ())) - set(buffers)
-    setattr(model, DDP_IGNORES, [*sorted(others), *buffers])
-
-
-def sparse_info(model: nn.Module) -> SparseInfo:
-    """
-    What [`sparsify`] left on a model, also where wrappers (DDP, compile) stand around it.
-
-    Raises:
-        ValueError: if the model has no sparse layers, or if several calls of [`sparsify`] made them.
-    """
-    infos = {id(info): info for module in model.modules() if (info := module.__dict__.get("topkast")) is not None}
-    if not infos or next(sparse_layers(model), None) is None:
-        raise ValueError("The model has no sparse layers: call sparsify(model, density=...) before training.")
-    if len(infos) > 1:
-        raise ValueError(
-            f"The model was made sparse by {len(infos)} calls of sparsify on parts of it, each with its own settings. "
-            "Use one call for the whole model, and target_modules to choose the layers."
-        )
-    return next(iter(infos.values()))
-
-
-def sparse_root(model: nn.Module) -> nn.Module:
-    """The module that [`sparsify`] was called on, inside the wrappers (DDP) that stand around it by now."""
-    return next(module for module in model.modules() if "topkast" in module.__dict__)
-
-
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
     """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
     place = config.reservoir_device if get_method(config.method).keeps_values else NOWHERE
@@ -278,6 +172,30 @@ def replace_module(model: nn.Module, old: nn.Module | ExpertStack, new: nn.Modul
                 put(parent, name, new)
 
 
+def _settled(config: TopKastConfig | None, settings: dict[str, Any], calibrated: bool) -> TopKastConfig:
+    """The one config that [`sparsify`] works by; with a calibration, weights are ranked by the inputs too."""
+    if not (config is None or isinstance(config, TopKastConfig)):
+        raise TypeError(
+            "sparsify takes a TopKastConfig, or its fields by name as in sparsify(model, density=0.2), not "
+            f"{config!r}."
+        )
+    if config is not None and settings:
+        raise ValueError(f"Give either a TopKastConfig or its fields, not both: got config and {sorted(settings)}.")
+    check_names(settings)
+    if config is None:
+        config = TopKastConfig(**({"score": "activation"} if calibrated else {}) | settings)
+    elif calibrated and "score" in config.derived():  # as if it had not been given
+        given = {name: value for name, value in config.to_dict().items() if name not in config.derived()}
+        config = TopKastConfig.from_dict({**given, "score": "activation"})
+    if (config.score == "activation") != calibrated:
+        raise ValueError(
+            f"score={config.score!r} and calibration {'given' if calibrated else 'left out'}: "
+            "score='activation' ranks weights by the inputs that the batches of calibration=... bring about, and only "
+            "it uses them. Give both, or neither."
+        )
+    return config
+
+
 def _check_dense(model: nn.Module) -> None:
     already = [name for name, _ in sparse_layers(model)]
     if already:
@@ -290,6 +208,19 @@ def _check_dense(model: nn.Module) -> None:
             "The model has PEFT adapters, whose matrices would become sparse too. Call sparsify first, and "
             "get_peft_model (or add_adapter) on the sparse model."
         )
+
+
+def _check_targets(targets: dict[str, nn.Module | ExpertStack], config: TopKastConfig) -> None:
+    for name, dense in targets.items():
+        if dense.weight.is_meta:
+            raise ValueError(
+                f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
+            )
+        check_finite(dense.weight.detach(), name)
+        if isinstance(dense, ExpertStack):
+            check_blocks(name, (dense.out_features, dense.in_features), config.block_size, dense.experts)
+        else:
+            check_blocks(name, weight_rows(dense).shape, config.block_size)
 
 
 def _shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:
