@@ -1,6 +1,7 @@
 """Plots of a sweep, one PNG each, of the rows that are finished; a plot with nothing in it is not made."""
 
 import itertools
+import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from matplotlib.ticker import NullLocator
 from sweep_plan import Run, Sweep, parse_run
 from sweep_tables import best_runs, summarize
 
+from hf_topkast.runs.read import STATE, read_run
+
 
 # What lines run along or what they are chosen by: it does not tell one line from another.
 ALONG_A_LINE = {"density", "backward_density", "method", "sparse", "output_dir", "seed"}
+
+PARTS = 20  # of a training, each a point of its loss
 
 
 def draw_plots(sweep: Sweep, finished: dict[Path, dict]) -> list[Path]:
@@ -37,6 +42,7 @@ def draw_plots(sweep: Sweep, finished: dict[Path, dict]) -> list[Path]:
         _against(sweep, lines, points, "density", "density of the sparse layers", gap=True),
         _against(sweep, lines, points, "training_flops", "training FLOPs"),
         _against(sweep, lines, points, "state_bytes", "bytes of training state"),
+        _losses(sweep, {name: read_losses(runs[0].folder) for name, (_, runs) in found.items()}),
         _churn(sweep, {name: read_churn(runs[0].folder) for name, (_, runs) in found.items()}),
     ]
     return [path for path in drawn if path is not None]
@@ -128,6 +134,32 @@ def _against(
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize="small", loc="outside right upper")
     return _save(figure, sweep, "gap_to_dense.png" if gap else f"metric_by_{key}.png")
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """The logged training loss of a run, in nats a token, by step; nothing where Trainer's log is gone."""
+    return dict(read_run(folder).series("loss")) if (folder / STATE).is_file() else {}
+
+
+def _losses(sweep: Sweep, losses: dict[str, dict[int, float]]) -> Path | None:
+    """The training loss minus that of row `dense`, which saw the same batches, as means over parts of the training."""
+    dense = losses.get("dense", {})
+    losses = {name: loss for name, loss in losses.items() if name != "dense" and loss.keys() & dense.keys()}
+    if not losses:
+        return None
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="black", linewidth=1)
+    for (name, loss), style in zip(losses.items(), itertools.cycle(["-"] * 10 + ["--"] * 10)):
+        steps = sorted(loss.keys() & dense.keys())
+        size = max(1, len(steps) // PARTS)
+        parts = [steps[start : start + size] for start in range(0, len(steps), size)]
+        gaps = [statistics.fmean(loss[step] - dense[step] for step in part) for part in parts]
+        axes.plot([statistics.fmean(part) for part in parts], gaps, style, label=name)
+    axes.set(xlabel="optimizer steps", ylabel="training loss minus dense, nats a token")
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize="small", loc="outside right upper")
+    return _save(figure, sweep, "loss_to_dense.png")
 
 
 def _churn(sweep: Sweep, churns: dict[str, list[dict]]) -> Path | None:

@@ -39,6 +39,8 @@ score = 1 + abs(settings["learning_rate"] - 0.002) * 100 + settings["seed"] / 10
 results = {"valid_bits_per_byte": score, "test_bits_per_byte": score + 1, "density": 0.2, "backward_density": 0.4}
 results |= {"nonzero_parameters": 10, "state_bytes": 1e6, "training_flops": 1e9, "train_seconds": 3.0, "steps": 5}
 results |= {"tokens": 100, "device": "pretended", "git_commit": None, "seed": settings["seed"]}
+history = [{"loss": score + 1 / step, "step": step} for step in range(1, 31)]
+(folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 (folder / "results.json").write_text(json.dumps(results))
 """
 
@@ -95,7 +97,7 @@ def test_runs_all_values_then_other_seeds_and_collects_them(sweep_file, tmp_path
     assert "| dense | 0.002 | 1.1000 ± 0.1000 | 2.1000 ± 0.1000 | 3 | +0.0000 | 10 | 1.0 MB | 1e+09 | 3 |" in text
     assert "| 80/60 | 0.008 | 0 | 1.6000 | 2.6000 | 1e+09 | 3 |" in text, "the neighbours are there too"
     assert len((out / "runs.csv").read_text().splitlines()) == 1 + 9
-    assert (out / "metric_by_density.png").exists() and (out / "gap_to_dense.png").exists()
+    assert all((out / f"{name}.png").exists() for name in ("metric_by_density", "gap_to_dense", "loss_to_dense"))
 
     printed = capsys.readouterr().out
     assert "[9/9] " in printed and "dense, learning_rate 0.002, seed 2: bits_per_byte valid 1.2000" in printed
