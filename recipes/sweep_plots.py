@@ -71,12 +71,9 @@ def group_rows(sweep: Sweep, runs: dict[str, Run]) -> dict[str, list[str]]:
         for run in members:
             more = [f"{key} {run.settings[key]}" for key in differing if key in run.settings and kind]
             lines.setdefault(", ".join([kind, *more]), []).append(run.row)
-    endings = {label: _shared_ending(names) if label else "" for label, names in lines.items()}
-    taken = Counter(endings.values())
-    return {
-        endings[label] if endings[label] and taken[endings[label]] == 1 else label: names
-        for label, names in lines.items()
-    }
+    short = {label: (label and _shared_ending(names)) or label for label, names in lines.items()}
+    taken = Counter(short.values())
+    return {short[label] if taken[short[label]] == 1 else label: names for label, names in lines.items()}
 
 
 def _shared_ending(names: list[str]) -> str:
@@ -88,7 +85,7 @@ def _shared_ending(names: list[str]) -> str:
 def _kind(run: Run) -> str:
     """The method, and what B is beside A; nothing for a dense model."""
     model_args, _, _, topkast, _, _ = parse_run(run)
-    if not model_args.sparse:
+    if not model_args.sparse or topkast.density == 1:  # as gap_cpu.yaml has it
         return ""
     if topkast.backward_density in (None, topkast.density):
         return topkast.method

@@ -244,6 +244,7 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "rows:\n"
         "  dense: {sparse: false}\n"
         "  small: {sparse: false, window: 32}\n"
+        "  all of A: {density: 1.0, method: static}\n"
         "  80/60: {density: 0.2, backward_density: 0.4}\n"
         "  90/80: {density: 0.1, backward_density: 0.2, learning_rate: 1e-3}\n"
         "  90/80 often: {density: 0.1, backward_density: 0.2, refresh_every: 5}\n"
@@ -258,7 +259,7 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "  three of, both: {method: smet, density: 0.2}\n"
     )
     assert group_rows(sweep, {row.name: sweep.first_runs(row)[0] for row in sweep.rows}) == {
-        "": ["dense", "small"],
+        "": ["dense", "small", "all of A"],
         "topkast, B = 2 A": ["80/60", "90/80"],
         "topkast, B = 2 A, refresh_every 5": ["90/80 often"],
         "topkast, B = all": ["90/0"],
