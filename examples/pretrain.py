@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from hf_topkast import TopKastTrainer, sparsify, sparsity_report
+from hf_topkast import TopKastConfig, TopKastTrainer, sparsify, sparsity_report
 
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 400
@@ -30,12 +30,13 @@ model = GPT2LMHeadModel(
         n_layer=4,
         n_embd=192,
         n_head=4,
+        initializer_range=0.05,  # about 0.7 / 192^0.5: GPT-2's own is for models five times as wide
         activation_function="gelu_pytorch_tanh",
         bos_token_id=0,
         eos_token_id=0,
     )
 )
-sparsify(model, density=0.2, penalty=1e-5, exploration_lr_scale=0.3)
+sparsify(model, TopKastConfig.for_pretraining(density=0.2))
 print(sparsity_report(model))
 
 args = TrainingArguments(
