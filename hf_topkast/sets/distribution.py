@@ -1,11 +1,12 @@
 """
 How a density is shared out among layers: pure functions of their shapes and, for `"global"`, of their weights.
 
-    distribute(shapes, densities, magnitudes) -> sizes
+    distribute(shapes, densities, magnitudes, block_size) -> sizes
 
-with `shapes` the (out, in) of each layer, or of each part of a fused one; `densities` over all of them together; and
-`magnitudes` a function that yields |θ| of each, one at a time and in the same order, each time it is called. `sizes`
-has a list for each density: how many weights every layer gets, at least one and at most all of them.
+with `shapes` the (out, in) of each layer, or of each part of a fused one, in blocks of `block_size`; `densities` over
+all of them together; and `magnitudes` a function that yields |θ| of each, one at a time and in the same order, each
+time it is called. `sizes` has a list for each density: how many blocks every layer gets, at least one and at most all
+of them. Without blocks they are single weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +25,29 @@ DIGITS = ((46, 17), (29, 17), (14, 15), (0, 14))
 SINGLE_SHIFT = 29  # below it all bits are zero in what was a single or a half before
 
 
-def uniform(shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes) -> list[list[int]]:
+def uniform(
+    shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes, block_size: Sequence[int] = (1, 1)
+) -> list[list[int]]:
     """Every layer gets the same density."""
     return [[set_size(rows * columns, density) for rows, columns in shapes] for density in densities]
 
 
-def erdos_renyi(shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes) -> list[list[int]]:
+def erdos_renyi(
+    shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes, block_size: Sequence[int] = (1, 1)
+) -> list[list[int]]:
     """
     A layer's density is in proportion to (out + in) / (out · in), so small and narrow layers stay denser (Mocanu et
     al. 2018). Where that exceeds 1 the layer is dense and the others share the rest. The total is exact.
     """
     limits = [rows * columns for rows, columns in shapes]
-    weights = [rows + columns for rows, columns in shapes]
+    height, width = block_size
+    weights = [rows * height + columns * width for rows, columns in shapes]  # out + in
     return [apportion(_total(limits, density), weights, limits) for density in densities]
 
 
-def global_threshold(shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes) -> list[list[int]]:
+def global_threshold(
+    shapes: Shapes, densities: Sequence[float], magnitudes: Magnitudes, block_size: Sequence[int] = (1, 1)
+) -> list[list[int]]:
     """
     The largest weights of all layers together: larger |θ| first, ties by the order of the layers. The total is exact.
 

@@ -105,7 +105,8 @@ class SetPlan:
                 yield from (scores.abs() for scores in self._part_scores(name, read))
 
         pair = self._densities(self.config.density, left, exploring)
-        pairs = zip(*DISTRIBUTIONS[self.config.distribution](shapes, pair, magnitudes))
+        distribute = DISTRIBUTIONS[self.config.distribution]
+        pairs = zip(*distribute(shapes, pair, magnitudes, self.config.block_size))
         sizes.update({name: [next(pairs) for _ in self._part_shapes(name)] for name in names})
         return {name: [(size, max(size, backward)) for size, backward in sizes[name]] for name in chosen}
 

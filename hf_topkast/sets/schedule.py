@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from ..config import TopKastConfig
+from ..method import get_method
 
 
 # The way that is left to the final density, by the share of the schedule that is left.
@@ -115,9 +116,12 @@ def scheduled_density(final: float, left: float, config: TopKastConfig) -> float
 
 
 def backward_density_of(density: float, config: TopKastConfig, exploring: bool) -> float:
-    """The density of B beside that of A: in the ratio of the two settings, and that of A after exploration."""
+    """
+    The density of B beside that of A: in the ratio of the two settings, or everything where the method has it so; that
+    of A after exploration.
+    """
     if not exploring:
         return density
-    if density == config.density:
+    if density == config.density or get_method(config.method).backward_ratio == math.inf:
         return config.backward_density
     return min(1.0, density * (config.backward_density / config.density))

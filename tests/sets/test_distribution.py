@@ -29,6 +29,16 @@ def test_erdos_renyi_is_in_proportion_and_exact(density):
     assert all(scale <= min(scales, default=1e9) + 1 for scale in full)  # only what had to be capped
 
 
+@pytest.mark.parametrize("block_size", [(1, 4), (8, 1), (4, 4)])
+def test_erdos_renyi_of_blocks_is_that_of_their_weights(block_size):
+    shapes, (height, width) = [(64, 16), (16, 64), (48, 32)], block_size
+    blocks = [(rows // height, columns // width) for rows, columns in shapes]
+    (sizes,) = erdos_renyi(blocks, [0.3], no_magnitudes, block_size)
+    (plain,) = erdos_renyi(shapes, [0.3], no_magnitudes)
+    assert sum(sizes) == round(0.3 * sum(rows * columns for rows, columns in blocks))
+    assert all(abs(size * height * width - single) <= height * width for size, single in zip(sizes, plain))
+
+
 @given(data=st.data(), count=st.integers(1, 8))
 def test_apportion_is_exact_and_within_its_limits(data, count):
     weights = data.draw(st.lists(st.integers(1, 10**4), min_size=count, max_size=count))

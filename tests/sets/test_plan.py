@@ -42,6 +42,19 @@ def test_overrides_are_scheduled_to_their_own_density():
     assert plan.sizes(0.5, True, weights) == {"a.fc": [(30, 45)], "b.fc": [(24, 36)], "b.out": [(24, 36)]}
 
 
+def test_erdos_renyi_shares_out_blocks_as_it_shares_out_weights():
+    plain, blocks = (make_plan(distribution="erdos_renyi", block_size=size) for size in ([1, 1], [1, 2]))
+    assert plain.sizes(0.0, True, weights) == {name: [(12, 24)] for name in SHAPES}
+    assert blocks.sizes(0.0, True, weights) == {name: [(6, 12)] for name in SHAPES}
+
+
+def test_dpf_has_everything_in_b_whatever_the_densities():
+    plan = make_plan(method="dpf", density_overrides={r"a\..*": 0.05}, initial_density=0.1)
+    for left, sizes in ((1.0, (6, 6)), (0.0, (3, 12))):
+        a, *b = ([(size, 60)] for size in (*sizes, sizes[1]))
+        assert plan.sizes(left, True, weights) == dict(zip(SHAPES, (a, *b)))
+
+
 def test_first_matching_override_counts():
     assert match_overrides({".*fc": 0.5, "b.*": 0.1}, SHAPES) == {"a.fc": 0.5, "b.fc": 0.5, "b.out": 0.1}
 
