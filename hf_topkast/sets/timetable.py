@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..checks import check, plain, whole
 from ..config import TopKastConfig
 from ..method import get_method
 from .schedule import density_window, drop_share_at, next_refresh, resolve_step, way_left
@@ -30,8 +31,12 @@ class Timetable:
         That of a training of so many optimizer steps.
 
         Raises:
-            ValueError: if a fraction is given but `total_steps` is not, or a schedule would end before it begins.
+            ValueError: if `total_steps` is no number of steps, or not given where a setting is a fraction, or if a
+                schedule would end before it begins.
         """
+        total_steps = plain(total_steps)
+        allowed = "a whole number of optimizer steps, at least 1, or None"
+        check(total_steps is None or whole(total_steps) >= 1, "total_steps", total_steps, allowed)
         moments = (resolve_step(name, config, total_steps) for name in ("explore_until", "update_until"))
         return cls(config, *moments, density_window(config, total_steps))
 

@@ -46,7 +46,8 @@ class TopKastCallback(TrainerCallback, ExportableState):
         if self.controller is not None:
             self.controller.remove()
         wrapped = model if self.wrapped is None else self.wrapped
-        self.controller = TopKastController(wrapped, optimizer, total_steps=state.max_steps)
+        # Of no step at all, too: Trainer takes num_train_epochs=0.
+        self.controller = TopKastController(wrapped, optimizer, total_steps=max(1, state.max_steps))
         resumed = state.global_step > 0
         schedule = saved_schedule(state.stateful_callbacks, state.global_step) if resumed else {"step": 0}
         if schedule.get("ahead") and self.ahead is None:

@@ -13,7 +13,7 @@ from ..surgery import sparse_info, sparse_layers, sparse_root
 from . import powerprop
 from .changes import ValueChanges, active_here
 from .engines import check_engine, find_ddp
-from .optimizers import check_optimizer, unwrap_optimizer
+from .optimizers import check_optimizer, holds_state, unwrap_optimizer
 from .own_groups import OwnGroups
 from .penalty import penalty_of
 from .refresher import Refresher
@@ -46,7 +46,7 @@ class TopKastController:
     Raises:
         ValueError: if the model has no sparse layer, if an engine runs it that cannot follow, if the optimizer cannot
             be used (the message names it and says why), does not hold a trainable layer's values or has a controller
-            already, or if a schedule needs `total_steps` and it is not given.
+            already, if `total_steps` is no number of steps, or if a schedule needs it and it is not given.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None = None):
@@ -76,12 +76,13 @@ class TopKastController:
         for layer in self.layers.values():
             layer.shard_rest(handles)
         self._refresher.check_agreement()
-        self._restarted_from = self.step
+        self._restart = self._former_training(sparse)
         self.step = 0
         self._see_layers()
         self._attach()
         if self._refresher.timetable.exploration_end == 0:
-            self.end_exploration()
+            self._refresher.end_exploration()
+            self._see_layers()
         self._refresher.expect(1)
 
     @property
@@ -154,16 +155,22 @@ class TopKastController:
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
 
+    def _former_training(self, values: list[nn.Parameter]) -> str | None:
+        """What tells of a training before this one: the model's count of steps, which state dicts lack, or moments."""
+        if self.step:
+            return f"The model has been trained for {self.step} steps"
+        return "The optimizer has moments of a former training" if holds_state(self.optimizer, values) else None
+
     def _warn_of_restart(self) -> None:
         """At the first step and not before: between the two the state may be loaded."""
-        if self._restarted_from:
+        if self._restart is not None:
             logger.warning(
-                f"The model has been trained for {self._restarted_from} steps, and this TopKastController starts its "
-                "schedule (refreshes, explore_until) at step 0. To resume that training, load the optimizer's state "
-                "and call controller.load_state_dict(state), where state is the former controller's state_dict(). To "
-                "start a new one without this warning: controller.load_state_dict({'step': 0})."
+                f"{self._restart}, and this TopKastController starts its schedule (refreshes, explore_until) at step "
+                "0. To resume that training, load the optimizer's state and call controller.load_state_dict(state), "
+                "where state is the former controller's state_dict(). To start a new one without this warning: "
+                "controller.load_state_dict({'step': 0})."
             )
-            self._restarted_from = 0
+            self._restart = None
 
     def _skips(self, optimizer: Optimizer) -> bool:
         """Whether a fused optimizer is about to skip this step, or has, for an overflow under a gradient scaler."""
@@ -222,8 +229,8 @@ class TopKastController:
 
     @torch.no_grad()
     def end_exploration(self) -> None:
-        """Makes B := A in every layer, which gives the memory and the work of B\\A back."""
-        self._refresher.end_exploration()
+        """Makes B := A in every layer from now on, which gives the memory and the work of B\\A back."""
+        self._refresher.stop_exploring(self.step)
         self._see_layers()
 
     # What is logged and saved
@@ -302,6 +309,6 @@ class TopKastController:
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
         self._refresher.load_state_dict(state)
-        self.step, self._restarted_from = state["step"], 0
+        self.step, self._restart = state["step"], None
         self._see_layers()
         self._refresher.expect(self.step + 1)

@@ -1,5 +1,6 @@
 """What the controller must know of optimizers: which ones work, weight decay, and state that moves with its weight."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -122,6 +123,11 @@ def check_state(optimizer: Optimizer, name: str, values: nn.Parameter):
             f"Layer '{name}': {kind} keeps no state '{absent[0]}', whose start is registered; it keeps "
             f"{', '.join(map(repr, held))}. Name its states in register_optimizer as it does."
         )
+
+
+def holds_state(optimizer: Optimizer, values: Iterable[nn.Parameter]) -> bool:
+    """Whether the optimizer has state of any of these values, so that it has stepped them or state was loaded."""
+    return any(optimizer.state.get(parameter) for parameter in values)
 
 
 def whole_state(optimizer: Optimizer, keep: bool = True) -> dict:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -75,6 +76,7 @@ class Refresher:
         self._observer = StepObserver(layers, config, self._group)
         self.seconds: float | None = None
         self._choice: Choice | None = None
+        self._stopped: int | None = None  # the step at which somebody ended exploration
 
     def check_changes(self):
         """
@@ -179,16 +181,22 @@ class Refresher:
         if self._ddp is not None:
             rebuild_buckets(self._ddp)
 
+    def stop_exploring(self, step: int):
+        """Makes B := A in every layer after step `step`, and keeps it so, whatever `explore_until` says."""
+        self._stopped, self.timetable = step, replace(self.timetable, exploration_end=step)
+        self.end_exploration()
+
     def forget_choice(self):
         """Drops what was chosen ahead."""
         self._choice = None
 
     def state_dict(self, ahead: bool = True) -> dict[str, Any]:
         """
-        The last churn, whether a density schedule had ended before this training, and under `"ahead"` what was chosen
-        for the next refresh, with tensors, which it waits for; with `ahead=False` only whether there is such a choice.
+        The last churn, whether a density schedule had ended before this training, when somebody ended exploration, and
+        under `"ahead"` what was chosen for the next refresh, with tensors, which it waits for; with `ahead=False` only
+        whether there is such a choice.
         """
-        state = {"mask_churn": self.mask_churn, "arrived": self._arrived}
+        state = {"mask_churn": self.mask_churn, "arrived": self._arrived, "stopped": self._stopped}
         if not ahead:
             return {**state, "ahead": self._choice is not None}
         return state if self._choice is None else {**state, "ahead": self._choice.state_dict()}
@@ -202,6 +210,9 @@ class Refresher:
         """
         self.mask_churn, self._choice, ahead = state.get("mask_churn"), None, state.get("ahead")
         self._arrived = state.get("arrived", self._arrived)
+        self._stopped = state.get("stopped")
+        if self._stopped is not None:
+            self.timetable = replace(self.timetable, exploration_end=self._stopped)
         if ahead is None:
             return
         expected = {name: (2, -(-layer.numel // 8)) for name, layer in self._moving().items()}

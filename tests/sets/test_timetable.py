@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from hf_topkast import TopKastConfig
@@ -36,6 +37,16 @@ def test_fractions_need_the_length_of_the_training():
     timetable = Timetable.of(TopKastConfig(density=0.2, explore_until=0.5), 40)
     assert timetable.exploration_end == 20
     assert [timetable.explores(step) for step in (0, 19, 20, 40)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5, True, "40"])
+def test_a_length_that_is_none_is_refused(total):
+    with pytest.raises(ValueError, match=rf"total_steps={total!r} is not allowed.*at least 1, or None"):
+        Timetable.of(TopKastConfig(density=0.2, method="rigl"), total)
+
+
+def test_a_length_of_another_type():
+    assert Timetable.of(TopKastConfig(density=0.2, method="rigl"), np.int64(40)).last_exchange == 30
 
 
 def test_shares():

@@ -316,6 +316,31 @@ def test_exploration_ends_with_b_equal_to_a(make_model, explore_until, end):
             assert moment.untyped_storage().nbytes() == layer.values.nbytes
 
 
+def test_exploration_that_somebody_ends_does_not_begin_again(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=2)
+
+    def start():
+        model = sparsify(make_model(), copy.deepcopy(config))
+        optimizer = adamw(model.parameters())
+        return model, optimizer, TopKastController(model, optimizer)
+
+    def run(model, optimizer, seed):
+        for tokens in token_batches(3, seed):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, resumed = start(), start()
+    run(*first[:2], seed=0)
+    first[2].end_exploration()
+    run(*first[:2], seed=1)
+    for part, state in zip(resumed, copy.deepcopy([part.state_dict() for part in first])):
+        part.load_state_dict(state)
+    for model, optimizer, controller in (first, resumed):
+        run(model, optimizer, seed=2)
+        assert all(layer.values.numel() == layer.active_count for layer in controller.layers.values())
+
+
 def test_memory_is_given_back_as_density_falls(make_model):
     config = TopKastConfig(
         density=0.2,
@@ -663,3 +688,30 @@ def test_a_schedule_that_starts_again_is_said_once(monkeypatch, tmp_path):
     assert go_on({"step": 0}) == 2 and not warnings
     assert go_on(None) == 2
     assert len(warnings) == 1 and "trained for 3 steps" in warnings[0] and "controller.load_state_dict" in warnings[0]
+
+
+def test_a_schedule_that_starts_again_beside_loaded_moments_is_said(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
+
+    def start(saved=()):
+        model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+        optimizer = sgd(model.parameters())
+        for part, state in zip((model, optimizer), saved):
+            part.load_state_dict(state)
+        return model, optimizer, TopKastController(model, optimizer)
+
+    def run(model, optimizer):
+        for tokens in token_batches(3):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+
+    first = start()
+    run(*first[:2])
+    saved = [copy.deepcopy(part.state_dict()) for part in first]
+    resumed = start(saved)
+    resumed[2].load_state_dict(saved[2])
+    run(*resumed[:2])
+    assert not warnings
+    run(*start(saved)[:2])
+    assert len(warnings) == 1 and "moments of a former training" in warnings[0]
