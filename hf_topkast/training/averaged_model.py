@@ -22,10 +22,10 @@ class TopKastAveragedModel(AveragedModel):
     """
     `torch.optim.swa_utils.AveragedModel` for models with sparse layers: `ema.update_parameters(model)` after a step.
 
-    It holds the average of θ, at every position that the trained model stores, in the sets that it has: when those have
-    changed since the last update, its layers get the same ones first, each weight keeping its own average. So it
-    computes with the averaged weights on A, and costs the memory of one more sparse model; an update reads all of θ, as
-    that of a dense model would. A model without sparse layers is averaged as ever.
+    It holds the average of θ, at every position that the trained model stores, in the sets that it has: when those
+    have changed since the last update, its layers get the same ones first, each weight keeping its own average. So it
+    computes with the averaged weights on A, and costs the memory of one more sparse model; an update reads all of θ,
+    as that of a dense model would. A model without sparse layers is averaged as ever.
 
     Args:
         model (`torch.nn.Module`): the model to average, wrapped by DDP or not.
