@@ -78,8 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: at least 1.")
 
+    try:
+        only = re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only {args.only}: not a regular expression ({error}).")
+
     sweep = read_sweep(args.sweep, read_overrides(args.set))
-    rows = [row for row in sweep.rows if re.search(args.only, row.name)]
+    rows = [row for row in sweep.rows if only.search(row.name)]
     if not rows:
         names = ", ".join(row.name for row in sweep.rows)
         raise ValueError(f"--only {args.only}: no row has it in its name. Rows: {names}.")

@@ -149,14 +149,19 @@ def read_sweep(path: str | Path, overrides: dict[str, Any] | None = None) -> Swe
     content = _load_sweep(path)
     given = overrides or {}
     content |= {key: value for key, value in given.items() if key in SWEEP_KEYS}
+    for key in ("rows", "settings", "grid", "overrides"):
+        _check_mapping(content.get(key), f"`{key}` of `{path}`")
     overrides = {**(content.get("overrides") or {})}
     overrides |= {key: value for key, value in given.items() if key not in SWEEP_KEYS}
     for key in ("output_dir", "rows"):
         if not content.get(key):
             raise ValueError(f"`{path}` has no `{key}`: see the top of recipes/sweep.py for what a sweep file holds.")
-    sweep = Sweep(Path(content["output_dir"]), rows=[])
+    sweep = Sweep(Path(str(content["output_dir"])), rows=[])
     for key in ("tune", "seeds", "seeds_everywhere", "seeds_within", "keep_models"):
         setattr(sweep, key, content.get(key, getattr(sweep, key)))
+    for key in ("seeds_everywhere", "keep_models"):
+        if not isinstance(getattr(sweep, key), bool):
+            raise ValueError(f"`{key}: {getattr(sweep, key)!r}` in `{path}` is neither true nor false.")
     whole = isinstance(sweep.seeds, list) and all(isinstance(seed, int) for seed in sweep.seeds)
     if not whole or not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         raise ValueError(
@@ -165,25 +170,32 @@ def read_sweep(path: str | Path, overrides: dict[str, Any] | None = None) -> Swe
     within = sweep.seeds_within
     if isinstance(within, bool) or not isinstance(within, int | float) or not within >= 0:
         raise ValueError(f"`seeds_within: {within}` in `{path}` is not a distance in the metric, such as 0.03.")
-    _check_fields([sweep.tune], f"`tune` of `{path}`")
+    _check_fields({str(sweep.tune): None}, f"`tune` of `{path}`")
     _check_fields(overrides, f"`overrides` of `{path}` or --set")
     _check_fields(content.get("settings"), f"`settings` of `{path}`")
     _check_fields(content.get("grid"), f"`grid` of `{path}`")
     for name, row in content["rows"].items():
-        sweep.rows += _expand_row(str(name), dict(row or {}), content, overrides, sweep.tune, path)
+        _check_mapping(row, f"row `{name}` of `{path}`")
+        sweep.rows += _expand_row(str(name), {**(row or {})}, content, overrides, sweep.tune, path)
     _check_runs(sweep, path)
     return sweep
 
 
-def _load_sweep(path: Path) -> dict[str, Any]:
+def _load_sweep(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A sweep file over the one that it is like, bases as paths of their own."""
+    if path.resolve() in above:
+        raise ValueError(
+            f"`{path}` is `like` itself, by way of others or not: give another file, or leave it out."
+        )
     content = load_yaml(path)
     _refuse_foreign_keys(content, SWEEP_KEYS, f"`{path}`")
     rows = content.get("rows") or {}
     for holder in (content, *(rows.values() if isinstance(rows, dict) else ())):
         if isinstance(holder, dict) and holder.get("base"):
-            holder["base"] = path.parent / holder["base"]
-    return {**(_load_sweep(path.parent / content["like"]) if "like" in content else {}), **content}
+            holder["base"] = path.parent / str(holder["base"])
+    if "like" not in content:
+        return content
+    return {**_load_sweep(path.parent / str(content["like"]), (*above, path.resolve())), **content}
 
 
 def _expand_row(
@@ -229,10 +241,13 @@ def _mappings(*values: Any) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _check_fields(keys: Any, place: str) -> None:
+def _check_mapping(value: Any, place: str) -> None:
+    if not (value is None or isinstance(value, dict)):
+        raise ValueError(f"In {place}: `{value}` is not a list of `name: value` lines.")
+
+
+def _check_fields(keys: dict[str, Any] | None, place: str) -> None:
     """Fields of a run that a sweep file may set."""
-    if keys is not None and not isinstance(keys, dict | list):
-        raise ValueError(f"In {place}: `{keys}` is not a list of `field: value` lines.")
     for key in keys or ():
         if key in OF_THE_SWEEP:
             raise ValueError(f"In {place}: `{key}` is not for single runs of a sweep: {OF_THE_SWEEP[key]}.")
@@ -263,6 +278,8 @@ def _check_runs(sweep: Sweep, path: Path) -> None:
                     parse_run(run)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"`{path}`, {run.name}: {error}") from error
+                except SystemExit as error:  # of argparse, which has said why
+                    raise ValueError(f"`{path}`, {run.name}: a value cannot be read, see above.") from error
 
 
 def parse_run(run: Run) -> tuple:

@@ -69,10 +69,10 @@ def write_tables(sweep: Sweep, failed: dict[Path, str]) -> list[str]:
     """
     finished = read_results(sweep)
     summaries = {row.name: summarize(sweep, row, finished, failed) for row in sweep.rows}
-    dense = summaries.get("dense", {}).get("test_mean")
+    dense = summaries.get("dense", {})
     for summary in summaries.values():
-        if dense is not None and "test_mean" in summary:
-            summary["gap_to_dense"] = summary["test_mean"] - dense
+        if "metric" in dense and summary.get("metric") == dense["metric"]:
+            summary["gap_to_dense"] = summary["test_mean"] - dense["test_mean"]
     runs = [
         describe_run(sweep, run, finished, failed) for row in sweep.rows for run in sweep.wanted_runs(row, finished)
     ]

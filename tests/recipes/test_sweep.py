@@ -41,7 +41,8 @@ results |= {"nonzero_parameters": 10, "state_bytes": 1e6, "training_flops": 1e9,
 results |= {"tokens": 100, "device": "pretended", "git_commit": None, "seed": settings["seed"]}
 history = [{"loss": score + 1 / step, "step": step} for step in range(1, 31)]
 (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-(folder / "results.json").write_text(json.dumps(results))
+(folder / "results.tmp").write_text(json.dumps(results))
+(folder / "results.tmp").rename(folder / "results.json")
 """
 
 
@@ -102,6 +103,15 @@ def test_runs_all_values_then_other_seeds_and_collects_them(sweep_file, tmp_path
     printed = capsys.readouterr().out
     assert "[9/9] " in printed and "dense, learning_rate 0.002, seed 2: bits_per_byte valid 1.2000" in printed
     assert printed.splitlines()[-1].endswith("add a value beyond it: 80/60 (0.004)")
+
+
+def test_no_gap_between_rows_that_count_in_other_units(sweep_file, tmp_path):
+    path = sweep_file("grid: {learning_rate: [2e-3]}\nrows: {dense: {sparse: false}, a: {}, b: {}}")
+    assert main([path]) == 0
+    results = tmp_path / "out" / "b" / "learning_rate-0.002" / "seed-0" / "results.json"
+    results.write_text(results.read_text().replace("bits_per_byte", "word_perplexity"))
+    assert main([path]) == 0
+    assert [line["gap_to_dense"] for line in table(tmp_path / "out").values()] == ["0.0", "0.0", ""]
 
 
 def test_finished_runs_never_run_again_and_weigh_nothing(sweep_file, tmp_path):
@@ -181,6 +191,12 @@ def test_only_some_rows(sweep_file, tmp_path):
     assert "| dense |  | 0 of 5 runs |" in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(ValueError, match=r"--only nothing: .*dense, 80/60"):
         main([path, "--only", "nothing"])
+
+
+def test_only_takes_a_regular_expression(sweep_file, capsys):
+    with pytest.raises(SystemExit):
+        main([sweep_file(TWO_ROWS), "--only", "80/60 ("])
+    assert "--only 80/60 (: not a regular expression" in capsys.readouterr().err
 
 
 def test_dry_run_lists_and_runs_nothing(sweep_file, tmp_path, capsys):
