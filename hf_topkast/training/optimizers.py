@@ -126,8 +126,9 @@ def check_state(optimizer: Optimizer, name: str, values: nn.Parameter):
 
 
 def holds_state(optimizer: Optimizer, values: Iterable[nn.Parameter]) -> bool:
-    """Whether the optimizer has state of any of these values, so that it has stepped them or state was loaded."""
-    return any(optimizer.state.get(parameter) for parameter in values)
+    """Whether the optimizer has stepped any of these values, or state of such steps was loaded."""
+    held = (optimizer.state.get(parameter) for parameter in values)
+    return any(state and float(state.get("step", 1)) > 0 for state in held)  # Adagrad begins with one, of no step
 
 
 def whole_state(optimizer: Optimizer, keep: bool = True) -> dict:

@@ -33,6 +33,10 @@ def rmsprop(groups):
     return torch.optim.RMSprop(groups, lr=1e-3)
 
 
+def adagrad(groups):
+    return torch.optim.Adagrad(groups, lr=1e-2)
+
+
 def adafactor(groups):
     return torch.optim.Adafactor(groups, lr=1e-2)
 
@@ -690,13 +694,14 @@ def test_a_schedule_that_starts_again_is_said_once(monkeypatch, tmp_path):
     assert len(warnings) == 1 and "trained for 3 steps" in warnings[0] and "controller.load_state_dict" in warnings[0]
 
 
-def test_a_schedule_that_starts_again_beside_loaded_moments_is_said(monkeypatch):
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw, adagrad])
+def test_a_schedule_that_starts_again_beside_loaded_moments_is_said(make_optimizer, monkeypatch):
     warnings = []
     monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
 
     def start(saved=()):
         model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
-        optimizer = sgd(model.parameters())
+        optimizer = make_optimizer(model.parameters())
         for part, state in zip((model, optimizer), saved):
             part.load_state_dict(state)
         return model, optimizer, TopKastController(model, optimizer)
