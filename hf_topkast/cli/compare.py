@@ -115,7 +115,7 @@ def _weight(checkpoint: Checkpoint, name: str, mask: np.ndarray) -> np.ndarray |
         alpha[mask] = as_floats(state.numbers(f"{name}.values"), state.tensors[f"{name}.values"].dtype)
         return alpha
     file = checkpoint.find(f"{name}.weight")
-    if file is None and state is None:
+    if file is None and not (state is not None and f"{name}.active" in state.tensors):
         raise ValueError(
             f"{checkpoint.name} has no '{name}.weight': compare two checkpoints of one model, both of them sparse "
             "where files give layers other names than the model does, as they do experts."

@@ -60,9 +60,12 @@ def test_table(checkpoints, run):
 
 def test_bad_input(checkpoints, refused, tmp_path):
     from toy_models import make_llama
+    from toy_training import trained
 
     folder = checkpoints[1]
     make_llama().save_pretrained(tmp_path / "llama")
     assert "no sets to compare" in refused("compare", folder / "dense", tmp_path / "llama")
     assert "has no 'transformer.h.0" in refused("compare", folder / "sparse", tmp_path / "llama")
+    trained(make_llama).save_pretrained(tmp_path / "sparse llama")
+    assert "sparse llama has no 'transformer.h.0" in refused("compare", folder / "sparse", tmp_path / "sparse llama")
     assert "There is no directory" in refused("compare", folder / "sparse", tmp_path / "nowhere")
