@@ -81,7 +81,8 @@ class SetPlan:
             read (`Callable`): a weight, (out, in), by the name of the layer and the number of the expert, 0 for an
                 only one. With `density="nonzero"` only which entries are not zero counts, and may be given as a bool
                 mask.
-            layers (`Collection[str]`, *optional*): those among which the density is shared out. `None`: all.
+            layers (`Collection[str]`, *optional*): those whose sizes are asked for, among which `"global"` shares out
+                the density. `None`: all.
 
         Raises:
             ValueError: if `density="nonzero"` finds no weight that is not zero in some layer, or no zero in any.
@@ -97,7 +98,9 @@ class SetPlan:
             numbers = [rows * columns for rows, columns in self._part_shapes(name)]
             sizes[name] = [tuple(set_size(numel, density) for density in pair) for numel in numbers]
 
-        names = [name for name in chosen if name not in sizes]
+        # By weights among those layers; by shapes among all, so that the others' being frozen changes no size.
+        among = chosen if self.config.distribution == "global" else self.shapes
+        names = [name for name in among if name not in self.overrides]
         shapes = [shape for name in names for shape in self._part_shapes(name)]
 
         def magnitudes():

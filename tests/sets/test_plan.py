@@ -48,6 +48,15 @@ def test_erdos_renyi_shares_out_blocks_as_it_shares_out_weights():
     assert blocks.sizes(0.0, True, weights) == {name: [(6, 12)] for name in SHAPES}
 
 
+def test_erdos_renyi_sizes_of_some_layers_are_those_that_they_have_among_all():
+    shapes = {**SHAPES, "b.out": (12, 20)}
+    settings = {"density": 0.2, "distribution": "erdos_renyi", "density_overrides": {"a.fc": 0.5}}
+    plan = SetPlan(torch.nn.Module(), shapes, TopKastConfig(**settings))
+    whole = plan.sizes(0.0, True, weights)
+    assert plan.sizes(0.0, True, weights, ["b.fc"]) == {"b.fc": whole["b.fc"]} != {"b.fc": [(12, 24)]}
+    assert plan.sizes(0.0, True, weights, ["a.fc", "b.out"]) == {name: whole[name] for name in ("a.fc", "b.out")}
+
+
 def test_dpf_has_everything_in_b_whatever_the_densities():
     plan = make_plan(method="dpf", density_overrides={r"a\..*": 0.05}, initial_density=0.1)
     for left, sizes in ((1.0, (6, 6)), (0.0, (3, 12))):
