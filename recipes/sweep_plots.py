@@ -89,6 +89,8 @@ def _kind(run: Run) -> str:
         return ""
     if topkast.backward_density in (None, topkast.density):
         return topkast.method
+    if topkast.density == "nonzero":
+        return f"{topkast.method}, B = {topkast.backward_density:g}"
     if topkast.backward_density == 1:
         return f"{topkast.method}, B = all"
     return f"{topkast.method}, B = {topkast.backward_density / topkast.density:g} A"

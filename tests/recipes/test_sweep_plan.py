@@ -257,6 +257,7 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "  90/80: {density: 0.1, backward_density: 0.2, learning_rate: 1e-3}\n"
         "  90/80 often: {density: 0.1, backward_density: 0.2, refresh_every: 5}\n"
         "  90/0: {density: 0.1, backward_density: 1.0}\n"
+        "  pruned: {density: nonzero, backward_density: 0.5}\n"
         "  static: {method: static, density: 0.1, refresh_every: 7}\n"
         "  80%, RigL: {method: rigl, density: 0.2}\n"
         "  90%, RigL: {method: rigl, density: 0.1}\n"
@@ -271,6 +272,7 @@ def test_lines_of_plots_are_methods_and_what_else_differs(read):
         "topkast, B = 2 A": ["80/60", "90/80"],
         "topkast, B = 2 A, refresh_every 5": ["90/80 often"],
         "topkast, B = all": ["90/0"],
+        "topkast, B = 0.5": ["pruned"],
         "static": ["static"],
         "RigL": ["80%, RigL", "90%, RigL"],
         "set": ["80%, both", "90%, both"],
