@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_topkast
 from hf_topkast import TopKastConfig, sparsity_report
-from hf_topkast.layers import TopKastLayer
+from hf_topkast.layers import TopKastLayer, expert_stacks
 
 
 # What is measured of a pretrained model, and when: a column's title, and how its keys end.
@@ -53,8 +53,9 @@ def count_training_flops(
 
     Counted are the products with weights of linear layers (the head too, an embedding's look-up not): for each token 2
     FLOPs a weight forward, 2 for the gradient of the input, 2 for that of the weight. A sparse layer needs the first
-    two of its A and the last of its B. Not counted are attention's products of activations, biases, norms, the
-    optimizer, evaluation, recomputation, and gradients that a method wants only to choose weights.
+    two of its A and the last of its B. Of experts those count that a token comes to. Not counted are attention's
+    products of activations, biases, norms, the optimizer, evaluation, recomputation, and gradients that a method wants
+    only to choose weights.
 
     Densities are those that were logged: each holds until the next one, which is exact where refreshes happen at
     logging steps.
@@ -81,11 +82,22 @@ def count_training_flops(
     }
 
 
-def count_multiplied_weights(model: nn.Module) -> tuple[int, int]:
-    """The weights of the sparse layers, as the dense model has them, and those of all other linear layers."""
-    sparse = sum(row.weights for row in sparsity_report(model).rows)
+def count_multiplied_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """
+    The weights of the sparse layers, as the dense model has them, and those of all other linear layers. Of experts
+    those that a token comes to, as many as `num_experts_per_tok` says.
+    """
+    sparse = sum(count_met_weights(model, row.weights, row.experts) for row in sparsity_report(model).rows)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    return sparse, sum(module.weight.numel() for module in linear if not isinstance(module, TopKastLayer))
+    dense = sum(module.weight.numel() for module in linear if not isinstance(module, TopKastLayer))
+    stacks = expert_stacks(model).values()
+    return sparse, dense + sum(count_met_weights(model, stack.weight.numel(), stack.experts) for stack in stacks)
+
+
+def count_met_weights(model: PreTrainedModel, weights: int, experts: int | None) -> int:
+    """How many of a layer's weights a token meets: of experts (`None`: it has none) a share, else all."""
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", experts)
+    return weights if experts is None else weights * chosen // experts
 
 
 def describe_environment() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from results import count_multiplied_weights
+from results import count_met_weights, count_multiplied_weights
 from sweep_plan import Row, Run, Sweep, parse_run
 from transformers import AutoConfig, AutoModelForCausalLM
 from vocabulary import load_tokenizer
@@ -42,7 +42,8 @@ def estimate_training_flops(run: Run) -> float | None:
     _, linear = count_multiplied_weights(model)
     if not model_args.sparse:
         return 6.0 * linear * tokens
-    projections = sum(layer.weight.numel() for layer in find_targets(model, topkast).values())
+    targets = find_targets(model, topkast).values()
+    projections = sum(count_met_weights(model, x.weight.numel(), getattr(x, "experts", None)) for x in targets)
     timetable = Timetable.of(topkast, steps)
     flops = 0.0  # of a weight of the sparse layers, a token
     for moment in range(MOMENTS):

@@ -184,9 +184,7 @@ def read_sweep(path: str | Path, overrides: dict[str, Any] | None = None) -> Swe
 def _load_sweep(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A sweep file over the one that it is like, bases as paths of their own."""
     if path.resolve() in above:
-        raise ValueError(
-            f"`{path}` is `like` itself, by way of others or not: give another file, or leave it out."
-        )
+        raise ValueError(f"`{path}` is `like` itself, by way of others or not: give another file, or leave it out.")
     content = load_yaml(path)
     _refuse_foreign_keys(content, SWEEP_KEYS, f"`{path}`")
     rows = content.get("rows") or {}

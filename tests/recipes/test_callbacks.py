@@ -2,8 +2,10 @@ import sys
 import time
 
 import pytest
+import torch
 from callbacks import Progress, Stopwatch, read_churn
 from results import count_training_flops, measure_model
+from tiny_families import make_family
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,6 +18,7 @@ from transformers import (
 
 from hf_topkast import sparsify
 from hf_topkast.layer_log import append_entry
+from hf_topkast.layers import expert_stacks
 
 
 @pytest.fixture
@@ -106,6 +109,20 @@ def test_seconds_go_on_where_the_checkpoint_was(monkeypatch):
     again = Stopwatch()
     again.on_train_begin(None, TrainerState(global_step=0, stateful_callbacks=[watch]), None)
     assert again.seconds == 0
+
+
+def test_flops_of_experts_are_those_of_the_experts_of_a_token():
+    model = make_family("mixtral")  # two blocks of four experts, of which a token comes to two
+    experts = sum(stack.weight.numel() for stack in expert_stacks(model).values()) // 2
+    rest = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert experts > rest > 0
+    dense = dict.fromkeys(("training_flops", "dense_training_flops"), 600 * (experts + rest))
+    assert count_training_flops(model, 100, 10, measure_model(model), []) == dense
+    head = model.lm_head.weight.numel()
+    sparsify(model, density=0.25, backward_density=0.5)
+    flops = count_training_flops(model, 100, 10, measure_model(model), [])
+    assert flops["training_flops"] == 100 * (2 * (experts + rest - head) + 6 * head)
+    assert flops["dense_training_flops"] == dense["training_flops"]
 
 
 def test_flops_follow_the_logged_densities():

@@ -4,6 +4,7 @@ import arguments
 import pytest
 import yaml
 from arguments import FineTuningArguments
+from sweep_costs import estimate_training_flops
 from sweep_plan import parse_run, read_sweep
 from sweep_plots import group_rows
 from sweep_yaml import load_yaml
@@ -134,6 +135,17 @@ def test_seeds_everywhere_choose_by_the_mean(read):
     assert sweep.best_value(row, finished) == (0.002,)
     finished.pop(runs[3].folder)
     assert sweep.best_value(row, finished) is None
+
+
+def test_costs_of_experts_are_those_of_the_experts_of_a_token(read):
+    sizes = "hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
+    sizes += ", num_key_value_heads: 2, num_experts_per_tok: 2"
+    settings = f"settings: {{model_type: mixtral, window: 8, config_overrides: {{{sizes}}}}}"
+    sweep = read(f"{settings}\nrows: {{a: {{sparse: false}}, b: {{backward_density: 0.3}}}}".replace("{{", "{"))
+    dense, sparse = (estimate_training_flops(sweep.first_runs(row)[0]) for row in sweep.rows)
+    block, head, tokens = 4 * 16**2 + 2 * 3 * 16 * 32, 256 * 16, 10 * 8 * 8
+    assert dense == 6 * tokens * (2 * block + head)
+    assert sparse == pytest.approx(tokens * ((4 * 0.2 + 2 * 0.3) * 2 * block + 6 * head))
 
 
 def test_close_values_run_with_all_seeds_and_the_best_mean_is_chosen(read):
