@@ -273,9 +273,12 @@ class Refresher:
     def _is_at_final_density(self) -> bool:
         """Whether a former training has ended the schedule: the model would lose its sparsity if it began again."""
         moving = self._moving()
-        sizes = self._plan.sizes(0.0, True, _reader(moving), list(moving))
-        final = sum(size for parts in sizes.values() for size, _ in parts)
-        return bool(moving) and final == sum(layer.active_count for layer in moving.values())
+        final = self._plan.sizes(0.0, True, _reader(moving), list(moving))
+        present = {name: self._plan.present_sizes(name, moving[name].row_offsets) for name in final}
+        counts = [[size for parts in sizes.values() for size, _ in parts] for sizes in (final, present)]
+        if self.config.distribution == "global":  # whose shares have moved on since the last refresh
+            counts = [[sum(count)] for count in counts]
+        return bool(moving) and counts[0] == counts[1]
 
     def _stored(self) -> list[int]:
         return [layer.values.numel() for layer in self.layers.values()]
