@@ -141,7 +141,7 @@ class TopKastController:
             self._refresher.before_step(self.step + 1)
         self._groups.begin()
         if closure is None:
-            self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
+            self._changes.begin(self._density, self._compares())
             return None
 
         def closure_and_changes() -> Any:
@@ -149,10 +149,14 @@ class TopKastController:
             loss = closure()
             with torch.no_grad():
                 self._refresher.before_step(self.step + 1)
-                self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
+                self._changes.begin(self._density, self._compares())
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
+
+    def _compares(self) -> bool:
+        """Whether to look how hard the penalty pulls: at first, since sets may never change, and where they do."""
+        return self.step == 0 or self._refresher.timetable.is_due(self.step + 1)
 
     def _warn_of_restart(self) -> None:
         """At the first step and not before: between the two the state may be loaded."""
