@@ -70,6 +70,12 @@ class Refresher:
                 f"schedule_end={config.schedule_end!r} lies after the last of {total_steps} steps, so this "
                 f"training does not reach density={config.density}. Give an earlier schedule_end."
             )
+        if window is not None and not self._arrived and self.timetable.next_refresh(window[0]) == window[1]:
+            logger.warning(
+                f"With refresh_every={config.refresh_every} no refresh lies between step {window[0]}, where the density "
+                f"schedule begins, and step {window[1]}, where it ends: the density goes from "
+                f"{config.initial_density} to {config.density} at once. Give a smaller refresh_every."
+            )
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
         self._observer = StepObserver(layers, config, self._group)

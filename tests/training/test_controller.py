@@ -360,9 +360,21 @@ def test_schedule_that_ends_after_the_training_is_told(monkeypatch):
     warnings = []
     monkeypatch.setattr("hf_topkast.training.refresher.logger.warning", warnings.append)
     for end in (8, 9):
-        model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end)
+        model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end, refresh_every=2)
         TopKastController(model, adamw(model.parameters()), total_steps=8)
     assert len(warnings) == 1 and "schedule_end=9 lies after the last of 8 steps" in warnings[0]
+
+
+@pytest.mark.parametrize(("steps", "refresh_every", "says"), [(8, 4, True), (8, 3, False), (80, 100, True)])
+def test_schedule_without_a_refresh_on_its_way_is_told(steps, refresh_every, says, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.refresher.logger.warning", warnings.append)
+    model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, refresh_every=refresh_every)
+    TopKastController(model, adamw(model.parameters()), total_steps=steps)
+    assert len(warnings) == says
+    for message in warnings:
+        assert f"refresh_every={refresh_every} no refresh lies between step 0" in message
+        assert f"and step {steps // 2}, where it ends: the density goes from 1.0 to 0.2 at once" in message
 
 
 def pruned(make_model):
