@@ -72,8 +72,8 @@ class Refresher:
             )
         if window is not None and not self._arrived and self.timetable.next_refresh(window[0]) == window[1]:
             logger.warning(
-                f"With refresh_every={config.refresh_every} no refresh lies between step {window[0]}, where the density "
-                f"schedule begins, and step {window[1]}, where it ends: the density goes from "
+                f"With refresh_every={config.refresh_every} no refresh lies between step {window[0]}, where the "
+                f"density schedule begins, and step {window[1]}, where it ends: the density goes from "
                 f"{config.initial_density} to {config.density} at once. Give a smaller refresh_every."
             )
         self.mask_churn: float | None = None
