@@ -1,7 +1,8 @@
-"""What a training is told before it begins."""
+"""What a training is told before it begins, and when it has ended."""
 
 from transformers.utils import logging
 
+from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import SetPlan, Timetable
 
@@ -42,4 +43,24 @@ def warn_of_schedule(
             f"Layer '{whole[0]}' has density 1 and is frozen ({len(whole)} such layers), and a frozen layer keeps its "
             "sets: the density schedule passes it over. For adapters on a sparse model, sparsify without "
             "initial_density."
+        )
+
+
+def warn_of_unfinished_schedule(config: TopKastConfig, total_steps: int, step: int, density: float) -> None:
+    """
+    Says of a training that has ended that the model it leaves behind is on the way of its density schedule.
+
+    Args:
+        config ([`TopKastConfig`]): has the schedule.
+        total_steps (`int`): optimizer steps that the training was to have.
+        step (`int`): the one that the model is of.
+        density (`float`): of the model.
+    """
+    timetable = Timetable.of(config, total_steps)
+    if timetable.way_left(step) > 0:
+        logger.warning(
+            f"The training ends with the model of step {step}, and its density schedule at step "
+            f"{timetable.density_window[1]}: the model has density {density:.4g}, and not density={config.density}. "
+            "Early stopping and load_best_model_at_end prefer the denser models of a schedule: do without them, or "
+            "let the schedule end before the first evaluation."
         )
