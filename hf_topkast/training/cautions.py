@@ -23,6 +23,8 @@ def warn_of_schedule(
         timetable ([`Timetable`]): has the schedule.
         total_steps (`int`, *optional*): optimizer steps of the training.
     """
+    if timetable.density_window is None:
+        return
     config, (begin, end) = plan.config, timetable.density_window
     if total_steps is not None and end > total_steps:
         logger.warning(

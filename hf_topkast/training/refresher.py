@@ -61,7 +61,7 @@ class Refresher:
         check_reservoirs(layers, config.method)
         self.timetable = Timetable.of(config, total_steps)
         self._arrived = config.initial_density is not None and self._is_at_final_density()
-        if self.timetable.density_window is not None and not self._arrived:
+        if not self._arrived:
             warn_of_schedule(self._plan, layers, self.timetable, total_steps)
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
