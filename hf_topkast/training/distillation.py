@@ -193,7 +193,7 @@ class TopKastDistillationTrainer(TopKastDistillationMixin, Trainer):
 
     ```python
     teacher = copy.deepcopy(model)
-    model = sparsify(model, density=0.5, calibration=batches)
+    model = sparsify(model, TopKastConfig.for_finetuning(density=0.5), calibration=batches)
     TopKastDistillationTrainer(model=model, teacher=teacher, args=training_args, train_dataset=dataset).train()
     ```
     """
