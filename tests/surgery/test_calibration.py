@@ -140,6 +140,18 @@ def test_a_config_without_a_score_takes_that_of_the_calibration():
     assert model.topkast.config == TopKastConfig(density=0.3, score="activation", method="static", penalty=0.0)
 
 
+@pytest.mark.parametrize("make_config", [TopKastConfig, TopKastConfig.for_finetuning])
+@pytest.mark.parametrize("compare", ["row", "layer", None])
+def test_a_config_with_compare_alone_keeps_it(make_config, compare):
+    config = make_config(density=0.3, compare=compare)
+    model = sparsify(make_gpt2(), config, calibration=token_batches(1))
+    assert (model.topkast.config.score, model.topkast.config.compare) == ("activation", compare or "row")
+    config.score = "activation"  # as the recipes do
+    assert config == model.topkast.config
+    config.density = 0.2
+    assert config.compare == (compare or "row")
+
+
 @pytest.mark.parametrize("method", ["static", "topkast"])
 def test_a_pruned_model_keeps_what_it_has_whatever_its_rows(method):
     pruned = make_llama()
