@@ -250,6 +250,8 @@ class TopKastConfig(Presets, GuardedSettings, QuantizationConfigMixin):
         for spec in fields(self):
             setattr(self, spec.name, plain(getattr(self, spec.name)))
         check_density(self)
+        # Without a score it says how scores are to be compared that a calibration brings along, be it as by default.
+        self._compare_given = self.score is None and self.compare is not None
         if self.backward_density is None:
             self.backward_density = self._default_backward()
         for name, default in self._defaults().items():
@@ -261,7 +263,8 @@ class TopKastConfig(Presets, GuardedSettings, QuantizationConfigMixin):
     def derived(self) -> set[str]:
         """The fields that are what they would be if they had not been given."""
         defaults = {**self._defaults(), "backward_density": self._default_backward()}
-        return {name for name, default in defaults.items() if getattr(self, name) == default}
+        same = {name for name, default in defaults.items() if getattr(self, name) == default}
+        return same - {"compare"} if self._compare_given else same
 
     def _defaults(self) -> dict[str, Any]:
         """What fields are that were not given, as the method has it."""

@@ -63,6 +63,7 @@ class Presets:
         """
         settings = {"method": "static", "penalty": 0.0, **settings}
         ratio = get_method(settings["method"]).backward_ratio
-        if cls(density=density).density != "nonzero" and 1 < ratio < math.inf:
+        density = cls(density=density).density  # from the command line it is text
+        if density != "nonzero" and 1 < ratio < math.inf:
             settings = {"backward_density": min(1.0, density + EXPLORATION), **settings}
         return cls(density=density, **settings)

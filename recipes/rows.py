@@ -14,7 +14,7 @@ COLUMNS = ("messages", "text")
 
 def load_rows(name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
     """
-    The rows, with the one column that is trained on.
+    The rows that are not empty, with the one column that is trained on.
 
     Args:
         name (`str`): A data set of the hub, or a local file of JSON lines.
@@ -49,7 +49,7 @@ def load_rows(name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> data
             f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, so `messages` cannot be written as "
             "one text. Use a model that was made for conversations, or save its tokenizer with a `chat_template`."
         )
-    return rows.select_columns([column])
+    return rows.select_columns([column]).filter(lambda row: bool(row[column]))  # some data sets have empty lines
 
 
 def hold_out(rows: datasets.Dataset, count: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -34,6 +34,7 @@ def test_settings_for_finetuning():
     exploring = TopKastConfig.for_finetuning(0.5, method="topkast")
     assert (exploring.method, exploring.backward_density, exploring.penalty) == ("topkast", 0.6, 0.0)
     assert TopKastConfig.for_finetuning(0.95, method="topkast").backward_density == 1.0
+    assert TopKastConfig.for_finetuning("0.5", method="topkast") == exploring
     given = TopKastConfig.for_finetuning(0.5, method="topkast", penalty=1e-5, backward_density=0.7)
     assert (given.penalty, given.backward_density) == (1e-5, 0.7)
     assert TopKastConfig.for_finetuning("nonzero").backward_density is None

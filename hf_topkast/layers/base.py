@@ -16,8 +16,8 @@ class TopKastLayer(SparseStorage):
     Attributes:
         gradient_watch (`Callable`, *optional*): called with input and output of each product, while a refresh is going
             to need more gradients than those of B.
-        input_watch ([`InputSquares`], *optional*): sees the inputs of passes in training, while a refresh is going to
-            need them.
+        input_watch ([`InputSquares`], *optional*): sees the inputs of passes that gradients can be taken of, while a
+            refresh is going to need them.
         powerprop_alpha (`float`): what `TopKastConfig.powerprop_alpha` says.
     """
 
@@ -63,7 +63,7 @@ class TopKastLayer(SparseStorage):
             return
         if self.gradient_watch is not None:
             self.gradient_watch(x, y, *ends)
-        if self.input_watch is not None and self.training and torch.is_grad_enabled():
+        if self.input_watch is not None and y.requires_grad:  # in either mode: from_pretrained gives evaluation mode
             self.input_watch.add(x, *ends)
 
     def new_input_watch(self) -> InputSquares:

@@ -108,10 +108,7 @@ def run_batches(
             if isinstance(module, GroupedLinear):
                 see(name, *args[:2])
                 return
-            x = args[0] if args else kwargs["input"]
-            flat = mask is not None and x.shape[:-1] == (mask.numel(),)  # as some models flatten tokens
-            fits = flat or (mask is not None and x.shape[:-1] == mask.shape)
-            see(name, x[(mask.flatten() if flat else mask).to(x.device)] if fits else x)
+            see(name, _without_padding(args[0] if args else kwargs["input"], mask))
 
         return hook
 
@@ -145,8 +142,8 @@ def run_batches(
         model.eval()
         device = next(model.parameters()).device
         for count, batch in enumerate([batches] if isinstance(batches, Mapping | Tensor) else batches, start=1):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            mask = None if mask is None else mask.bool()
+            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = given.bool() if isinstance(given, Tensor) else None
             missing.update(layers)
             with contextlib.suppress(_Seen):
                 _run(model, batch, count, device)
@@ -164,6 +161,16 @@ class _Seen(Exception):
     """All layers have seen the batch."""
 
 
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of `x` that are tokens by a mask, (batch, tokens); all of it, if it has other rows than the mask."""
+    if mask is None:
+        return x
+    sizes, own = ([size for size in shape if size != 1] for shape in (x.shape[:-1], mask.shape))
+    if sizes not in (own, [mask.numel()]):  # some models flatten tokens, others give them a dimension more
+        return x
+    return x.flatten(0, -2)[mask.flatten().to(x.device)]
+
+
 def _without_zeros(norms: Tensor) -> Tensor:
     """Features that were never active count a millionth of the mean, so that their weights have an order too."""
     least = norms.mean(-1, keepdim=True) * 1e-6
@@ -179,5 +186,6 @@ def _run(model: nn.Module, batch: Any, number: int, device: torch.device):
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"calibration: batch {number} does not fit {type(model).__name__} ({type(error).__name__}: {error}). Give "
-            "token ids, (batch, tokens), or mappings of the model's arguments, as its tokenizer makes them."
+            "token ids, (batch, tokens), or mappings of the model's arguments, as its tokenizer makes them with "
+            "return_tensors='pt'."
         ) from error

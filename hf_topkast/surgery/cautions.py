@@ -42,6 +42,22 @@ def check_blocks(name: str, shape: tuple[int, int], block_size: list[int], exper
         )
 
 
+def check_correction(config: TopKastConfig, calibrated: bool):
+    """
+    Raises:
+        ValueError: if weights are to be corrected without inputs, or where none is taken away.
+    """
+    if not calibrated:
+        raise ValueError("correct=True makes up for weights that go by the inputs of calibration=...: give batches.")
+    keeps_all = config.initial_density == 1
+    if keeps_all or config.density == "nonzero":
+        setting = "initial_density=1" if keeps_all else "density='nonzero'"
+        raise ValueError(
+            f"correct=True makes up for weights that sparsify takes away, and with {setting} it takes none. Leave one "
+            "of the two out."
+        )
+
+
 def check_not_quantized(model: nn.Module):
     """
     Raises:

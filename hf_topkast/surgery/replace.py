@@ -23,7 +23,7 @@ from ..sets import SetPlan, check_finite
 from ..storage import NOWHERE, unpack_bits
 from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
-from .cautions import check_blocks, check_names, check_not_quantized, warn_of_a_cut
+from .cautions import check_blocks, check_correction, check_names, check_not_quantized, warn_of_a_cut
 from .correction import correct_in_order, corrected
 from .first_sets import first_sets
 from .info import DDP_IGNORES, SparseInfo, mark_sparse, sparse_layers
@@ -72,14 +72,14 @@ def sparsify(
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
             no layer matches (the message lists candidates), if a named layer is of an unsupported type, tied to
             another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite or not
-            loaded yet, if `calibration` does not go with `score` or with the model, or as [`SetPlan`] says. The model
-            is unchanged then.
+            loaded yet, if `calibration` does not go with `score` or with the model, if `correct` has nothing to make
+            up for, or as [`SetPlan`] says. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sparsify takes a model that is loaded, such as one of from_pretrained, not {model!r}.")
     config = _settled(config, settings, calibrated=calibration is not None)
-    if correct and calibration is None:
-        raise ValueError("correct=True makes up for weights that go by the inputs of calibration=...: give batches.")
+    if correct:
+        check_correction(config, calibrated=calibration is not None)
     if is_compiled_module(model):  # its submodules have other names, and rules are of the model's own
         sparsify(model._orig_mod, config, calibration=calibration, correct=correct)
         return model

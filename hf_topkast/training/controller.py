@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers.utils import logging
 
 from ..layers import TopKastLayer
 from ..storage import find_handles, local, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
 from . import powerprop
+from .cautions import warn_of_restart
 from .changes import ValueChanges, active_here
 from .engines import check_engine, find_ddp
 from .optimizers import check_optimizer, holds_state, unwrap_optimizer
@@ -20,9 +20,6 @@ from .refresher import Refresher
 from .settled import Settled
 from .step_guard import StepGuard
 from .watch import controller_of, unwatch, watch
-
-
-logger = logging.get_logger(__name__)
 
 
 class TopKastController:
@@ -142,7 +139,7 @@ class TopKastController:
             self._refresher.before_step(self.step + 1)
         self._groups.begin()
         if closure is None:
-            self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
+            self._changes.begin(self._density, self._compares())
             return None
 
         def closure_and_changes() -> Any:
@@ -150,7 +147,7 @@ class TopKastController:
             loss = closure()
             with torch.no_grad():
                 self._refresher.before_step(self.step + 1)
-                self._changes.begin(self._density, self._refresher.timetable.is_due(self.step + 1))
+                self._changes.begin(self._density, self._compares())
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
@@ -161,15 +158,14 @@ class TopKastController:
             return f"The model has been trained for {self.step} steps"
         return "The optimizer has moments of a former training" if holds_state(self.optimizer, values) else None
 
+    def _compares(self) -> bool:
+        """Whether to look how hard the penalty pulls: at first, since sets may never change, and where they do."""
+        return self.step == 0 or self._refresher.timetable.is_due(self.step + 1)
+
     def _warn_of_restart(self) -> None:
         """At the first step and not before: between the two the state may be loaded."""
         if self._restart is not None:
-            logger.warning(
-                f"{self._restart}, and this TopKastController starts its schedule (refreshes, explore_until) at step "
-                "0. To resume that training, load the optimizer's state and call controller.load_state_dict(state), "
-                "where state is the former controller's state_dict(). To start a new one without this warning: "
-                "controller.load_state_dict({'step': 0})."
-            )
+            warn_of_restart(self._restart)
             self._restart = None
 
     def _skips(self, optimizer: Optimizer) -> bool:

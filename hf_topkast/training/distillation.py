@@ -132,8 +132,8 @@ class TopKastDistillationMixin(TopKastTrainerMixin):
         weights = self.distillation
         errors = []
         if weights.hidden_weight > 0:
-            student.check_blocks()
             real = real_tokens(inputs)
+            student.check_blocks(real.shape)
 
         def see(index: int, output: Tensor) -> None:  # at once, so that the teacher's outputs need not be kept
             with torch.enable_grad():
@@ -193,7 +193,7 @@ class TopKastDistillationTrainer(TopKastDistillationMixin, Trainer):
 
     ```python
     teacher = copy.deepcopy(model)
-    model = sparsify(model, density=0.5, calibration=batches)
+    model = sparsify(model, TopKastConfig.for_finetuning(density=0.5), calibration=batches)
     TopKastDistillationTrainer(model=model, teacher=teacher, args=training_args, train_dataset=dataset).train()
     ```
     """

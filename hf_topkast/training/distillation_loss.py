@@ -144,14 +144,15 @@ def hidden_error(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
     one token adds depends neither on its neighbours nor on the size of a micro-batch.
 
     Args:
-        student (`torch.Tensor`): the output of a block, (batch, tokens, width).
+        student (`torch.Tensor`): the output of a block, (batch, tokens, width), or with several streams (batch,
+            tokens, streams, width).
         teacher (`torch.Tensor`): the same shape; no gradient flows to it.
         counted (`torch.Tensor`): bool, (batch, tokens).
 
     Returns:
         `torch.Tensor`: a scalar, float32 or wider.
     """
-    own, other = (hidden[counted].to(_wide(student)) for hidden in (student, teacher.detach()))
+    own, other = (hidden[counted].flatten(1).to(_wide(student)) for hidden in (student, teacher.detach()))
     norms = other.square().sum(-1).clamp(min=torch.finfo(other.dtype).tiny)
     return ((own - other).square().sum(-1) / norms).sum()
 

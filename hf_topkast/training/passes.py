@@ -86,10 +86,13 @@ class StudentPass:
     def __exit__(self, *raised):
         self._hooks.close()
 
-    def check_blocks(self):
+    def check_blocks(self, tokens: torch.Size):
         """
+        Args:
+            tokens (`torch.Size`): of the batch, (batch, tokens).
+
         Raises:
-            ValueError: if the pass did not show the outputs of all blocks.
+            ValueError: if the pass did not show the outputs of all blocks, or of other tokens.
         """
         expected = len(decoder_blocks(self.model))
         if len(self.blocks) != expected:
@@ -98,6 +101,13 @@ class StudentPass:
                 "that gradients can flow into. Checkpointing with use_reentrant=True hides them, and so may a "
                 "compiled model: set gradient_checkpointing_kwargs={'use_reentrant': False}, torch_compile=False, or "
                 "hidden_weight=0."
+            )
+        other = next((block for block in self.blocks.values() if block.shape[:2] != tokens), None)
+        if other is not None:
+            raise ValueError(
+                f"A decoder block of {type(self.model).__name__} has an output of {tuple(other.shape)}, and the batch "
+                f"has (batch, tokens) = {tuple(tokens)}: which number is of which token is not known (a trained "
+                "prompt adds tokens). Set hidden_weight=0."
             )
 
     def make_logits(self, arguments: dict) -> Tensor:

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import Present, SetPlan, Sizes, Timetable
 from ..storage import Matrix, Moment, check_agreement, set_digest, world_size
 from .ahead import Choice, choice_key, choose_ahead, taken_sets
+from .cautions import warn_of_schedule
 from .engines import check_lag, check_resizing, rebuild_buckets
 from .observer import StepObserver
 from .optimizers import check_outside_changes
 from .reassignment import check_numbers, check_reservoirs, reassign, reservoirs
-
-
-logger = logging.get_logger(__name__)
 
 
 class Refresher:
@@ -65,12 +62,8 @@ class Refresher:
         check_reservoirs(layers, config.method)
         self.timetable = Timetable.of(config, total_steps)
         self._arrived = config.initial_density is not None and self._is_at_final_density()
-        window = self.timetable.density_window
-        if total_steps is not None and window is not None and window[1] > total_steps:
-            logger.warning(
-                f"schedule_end={config.schedule_end!r} lies after the last of {total_steps} steps, so this "
-                f"training does not reach density={config.density}. Give an earlier schedule_end."
-            )
+        if not self._arrived:
+            warn_of_schedule(self._plan, layers, self.timetable, total_steps)
         self.mask_churn: float | None = None
         self.layer_churn: dict[str, float] | None = None
         self._observer = StepObserver(layers, config, self._group)

@@ -166,6 +166,17 @@ def test_rows_of_text(folder):
     assert results["perplexity"] < results["perplexity_at_cut"]
 
 
+def test_empty_rows_are_left_out(folder):
+    lines = (folder / "text.jsonl").read_text().splitlines()
+    holes = [json.dumps({"text": text}) for text in ("", None)]
+    path = folder / "holes.jsonl"
+    path.write_text("\n".join([*holes * 10, *lines[:40], holes[0], *lines[40:], holes[0]]))
+    rows = load_rows(str(path), "train", AutoTokenizer.from_pretrained(folder / "model"))
+    assert rows.to_list() == [json.loads(line) for line in lines]
+    results = run(folder, "run-holes", "--dataset", str(path), *CALIBRATED, "--max_steps", "1")
+    assert results["perplexity"] > 1
+
+
 def test_held_out_rows_are_not_trained_on(folder):
     rows = load_rows(str(folder / "chat.jsonl"), "train", AutoTokenizer.from_pretrained(folder / "model"))
     assert rows.column_names == ["messages"]

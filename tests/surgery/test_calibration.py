@@ -76,6 +76,20 @@ def test_padding_does_not_count():
     torch.testing.assert_close(input_norms(model, layers, padded), input_norms(model, layers, tokens))
 
 
+def test_padding_does_not_count_where_tokens_have_a_dimension_more():
+    tokens = EXPERT_TOKENS[0]
+    model = make_family("deepseek_v3")
+    name = "model.layers.0.self_attn.kv_b_proj"  # its inputs are (batch, 1, tokens, in)
+    layers = {name: model.get_submodule(name)}
+    padded = {
+        "input_ids": torch.cat([tokens, torch.ones_like(tokens)], 1),
+        "attention_mask": torch.cat([torch.ones_like(tokens), torch.zeros_like(tokens)], 1),
+    }
+    torch.testing.assert_close(
+        input_norms(model, layers, padded), input_norms(model, layers, tokens), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_a_feature_that_is_never_active_ranks_last_and_has_an_order():
     model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
     x = torch.randn(5, 4)
@@ -105,6 +119,7 @@ def refused(message, **settings):
         ([torch.full((1, 4), 10_000)], "batch 1 does not fit GPT2LMHeadModel.*IndexError"),
         ([{"pixels": torch.ones(2)}], "batch 1 does not fit GPT2LMHeadModel.*ValueError"),
         (["a text"], "batch 1 does not fit GPT2LMHeadModel"),
+        ([{"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}], "batch 1 does not fit.*return_tensors='pt'"),
     ],
 )
 def test_batches_that_do_not_fit(calibration, message):
@@ -123,6 +138,18 @@ def test_a_config_without_a_score_takes_that_of_the_calibration():
     assert (model.topkast.config.compare, config.score) == ("row", "magnitude")  # the caller's is as it was
     model = sparsify(make_gpt2(), TopKastConfig.for_finetuning(0.3), calibration=token_batches(1))
     assert model.topkast.config == TopKastConfig(density=0.3, score="activation", method="static", penalty=0.0)
+
+
+@pytest.mark.parametrize("make_config", [TopKastConfig, TopKastConfig.for_finetuning])
+@pytest.mark.parametrize("compare", ["row", "layer", None])
+def test_a_config_with_compare_alone_keeps_it(make_config, compare):
+    config = make_config(density=0.3, compare=compare)
+    model = sparsify(make_gpt2(), config, calibration=token_batches(1))
+    assert (model.topkast.config.score, model.topkast.config.compare) == ("activation", compare or "row")
+    config.score = "activation"  # as the recipes do
+    assert config == model.topkast.config
+    config.density = 0.2
+    assert config.compare == (compare or "row")
 
 
 @pytest.mark.parametrize("method", ["static", "topkast"])

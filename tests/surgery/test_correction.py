@@ -109,6 +109,17 @@ def test_without_calibration_it_is_refused():
     assert not list(sparse_layers(model))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"density": 0.5, "initial_density": 1.0}, {"density": 0.5, "method": "dpf"}, {"density": "nonzero"}]
+)
+def test_where_nothing_goes_it_is_refused(settings):
+    model = make_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[:5] = 0
+    with pytest.raises(ValueError, match=r"correct=True.* with (initial_density=1|density='nonzero') it takes none"):
+        sparsify(model, calibration=token_batches(1), correct=True, **settings)
+    assert not list(sparse_layers(model))
+
+
 def test_inputs_that_are_all_zero_change_nothing():
     weight, keep, _ = problem(in_features=9)
     assert torch.equal(corrected(weight, keep, torch.zeros(9, 9, dtype=torch.float64)), weight)

@@ -404,11 +404,43 @@ def test_a_schedule_begins_also_where_all_layers_together_have_their_final_densi
 
 def test_schedule_that_ends_after_the_training_is_told(monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_topkast.training.refresher.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
     for end in (8, 9):
-        model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end)
+        model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, schedule_end=end, refresh_every=2)
         TopKastController(model, adamw(model.parameters()), total_steps=8)
     assert len(warnings) == 1 and "schedule_end=9 lies after the last of 8 steps" in warnings[0]
+
+
+@pytest.mark.parametrize(("steps", "refresh_every", "says"), [(8, 4, True), (8, 3, False), (80, 100, True)])
+def test_schedule_without_a_refresh_on_its_way_is_told(steps, refresh_every, says, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
+    model = sparsify(make_gpt2(), density=0.2, initial_density=1.0, refresh_every=refresh_every)
+    TopKastController(model, adamw(model.parameters()), total_steps=steps)
+    assert len(warnings) == says
+    for message in warnings:
+        assert f"refresh_every={refresh_every} no refresh lies between step 0" in message
+        assert f"and step {steps // 2}, where it ends: the density goes from 1.0 to 0.2 at once" in message
+
+
+@pytest.mark.parametrize("initial_density", [1.0, None])
+def test_frozen_layers_that_a_schedule_passes_over_are_told(initial_density, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
+    model = make_gpt2()
+    model.transformer.h[0].requires_grad_(False)
+    sparsify(model, density=0.2, initial_density=initial_density, refresh_every=2)
+    controller = TopKastController(model, adamw(model.parameters()), total_steps=8)
+    assert len(warnings) == (initial_density is not None)
+    for message in warnings:
+        assert "'transformer.h.0.attn.c_attn' has density 1 and is frozen (4 such layers)" in message
+    controller.remove()
+    model.requires_grad_(False)  # after a training that has ended the schedule, as adapters do
+    for _, layer in sparse_layers(model):
+        layer.reassign(*[torch.arange(layer.numel).view(layer.matrix_shape) < layer.numel // 5] * 2)
+    model.lm_head.requires_grad_(True)
+    TopKastController(model, adamw(model.lm_head.parameters()), total_steps=8)
+    assert len(warnings) == (initial_density is not None)
 
 
 def pruned(make_model):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from ranks import launch
 from test_loops import make_tokenizer
 from torch import nn
@@ -24,7 +24,7 @@ from hf_topkast import (
     densify,
     sparsify,
 )
-from hf_topkast.training.distillation_loss import logit_divergence
+from hf_topkast.training.distillation_loss import hidden_error, logit_divergence
 
 
 WEIGHTS = TopKastDistillationConfig(task_weight=0.5, logit_weight=2.0, hidden_weight=3.0, temperature=1.5)
@@ -502,6 +502,24 @@ def test_an_adapter_learns_from_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path, kind=make_student, max_steps=8, learning_rate=5e-2)
     trainer.train()
     assert losses(trainer)[-1]["distill/hidden"] < 0.9 * losses(trainer)[0]["distill/hidden"]
+
+
+def test_a_trained_prompt_whose_tokens_the_teacher_lacks_is_refused(tmp_path):
+    def make_student(**arguments):
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        arguments["model"] = get_peft_model(arguments["model"], config)
+        return TopKastDistillationTrainer(teacher=make_gpt2(), **arguments)
+
+    trainer = make_trainer(tmp_path, kind=make_student)
+    with pytest.raises(ValueError, match=r"output of \(4, 15, 24\).* \(batch, tokens\) = \(4, 12\).*hidden_weight=0"):
+        trainer.train()
+
+
+def test_a_token_in_several_streams_is_one_token():
+    student, teacher = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)  # (batch, tokens, streams, width)
+    counted = torch.rand(2, 5) < 0.7
+    joined = (hidden.flatten(2) for hidden in (student, teacher))
+    torch.testing.assert_close(hidden_error(student, teacher, counted), hidden_error(*joined, counted))
 
 
 def test_several_devices_in_one_process_are_refused(tmp_path):

@@ -34,10 +34,11 @@ def test_shrink():
     torch.testing.assert_close(values, VALUES * (1 - 0.1 * FACTORS))
 
 
+@pytest.mark.parametrize("settings", [{"refresh_every": 2}, {"refresh_every": 100}, {"method": "static"}], ids=str)
 @pytest.mark.parametrize(("strength", "says"), [(1e-6, False), (10.0, True)])
-def test_a_penalty_that_pulls_as_hard_as_the_loss_is_said_once(strength, says, caplog, monkeypatch):
+def test_a_penalty_that_pulls_as_hard_as_the_loss_is_said_once(strength, says, settings, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_topkast"), "propagate", True)
-    model = sparsify(make_gpt2(), density=0.2, refresh_every=2, penalty=strength)
+    model = sparsify(make_gpt2(), density=0.2, penalty=strength, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     TopKastController(model, optimizer)
     for tokens in token_batches(4):

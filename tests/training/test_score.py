@@ -100,6 +100,29 @@ def test_training_equals_the_masked_simulation(make_model, settings):
     assert all(changed)
 
 
+@pytest.mark.parametrize("make_model", [make_gpt2, make_llama])
+def test_norms_follow_a_training_in_evaluation_mode(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    norms = []
+    for mode in (True, False):
+        model = type(make_model()).from_pretrained(tmp_path)  # in evaluation mode, in which many loops leave it
+        assert not model.training
+        sparsify(model.train(mode), density=0.2, refresh_every=2, calibration=token_batches(1))
+        first = [layer.input_norms.clone() for _, layer in sparse_layers(model)]
+        optimizer = adamw(model.parameters())
+        TopKastController(model, optimizer)
+        for tokens in token_batches(2, seed=1):
+            with torch.no_grad():
+                model(token_batches(1, seed=2)[0])  # counts in neither mode
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        norms.append([layer.input_norms for _, layer in sparse_layers(model)])
+    for one, two, before in zip(*norms, first):
+        torch.testing.assert_close(one, two)
+        assert not torch.equal(one, before)
+
+
 class CalibratedTrainers:
     """Trainers whose models were calibrated on the same batches."""
 

@@ -22,6 +22,7 @@ from hf_topkast import (
     TopKastTrainer,
     TopKastTrainerMixin,
     sparsify,
+    sparsity_report,
 )
 from hf_topkast.checkpoints.checkpoint import STATE_NAME
 from hf_topkast.surgery import sparse_layers
@@ -308,6 +309,34 @@ def test_best_model_and_save_limit(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert same_weights(best, trainer.model)
+
+
+@pytest.mark.parametrize("loads_best", [True, False])
+def test_a_best_model_on_the_way_of_a_density_schedule_is_told(tmp_path, monkeypatch, loads_best):
+    warnings = []
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
+    trainer = make_trainer(
+        tmp_path,
+        config=TopKastConfig(density=0.2, initial_density=1.0, schedule_end=8, refresh_every=2),
+        learning_rate=5e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=loads_best,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best model is not the last
+    )
+    trainer.train()
+    density = sparsity_report(trainer.model).density
+    assert len(warnings) == loads_best
+    if loads_best:
+        step = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+        assert step < 8 and density > 0.2
+        assert f"ends with the model of step {step}, and its density schedule at step 8" in warnings[0]
+        assert f"has density {density:.4g}, and not density=0.2" in warnings[0]
+    else:
+        assert density == pytest.approx(0.2, abs=1e-3)
 
 
 def test_evaluate_and_predict(tmp_path):
