@@ -718,7 +718,7 @@ def test_state_of_something_else_is_refused():
 
 def test_a_schedule_that_starts_again_is_said_once(monkeypatch, tmp_path):
     warnings = []
-    monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
     config = TopKastConfig(density=0.2, refresh_every=2)
     batches = [[tokens] for tokens in token_batches(3)]
     model = sparsify(make_gpt2(), config)
@@ -746,7 +746,7 @@ def test_a_schedule_that_starts_again_is_said_once(monkeypatch, tmp_path):
 @pytest.mark.parametrize("make_optimizer", [sgd, adamw, adagrad])
 def test_a_schedule_that_starts_again_beside_loaded_moments_is_said(make_optimizer, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
 
     def start(saved=()):
         model = sparsify(make_gpt2(), density=0.2, refresh_every=2)

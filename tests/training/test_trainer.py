@@ -366,7 +366,7 @@ def test_early_stopping_and_second_training(tmp_path):
 
 def test_a_new_training_of_a_trained_model_starts_its_schedule_again(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_topkast.training.controller.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_topkast.training.cautions.logger.warning", warnings.append)
     trained = make_trainer(tmp_path, max_steps=4)
     trained.train()
     trained.train()  # as the stock Trainer does: step 0, without a word
