@@ -25,9 +25,10 @@ class Presets:
     @classmethod
     def for_pretraining(cls, density: float | str = 0.2, **settings: Any) -> "Self":
         """
-        What did best for new weights in short trainings of small models (docs/results.md, recipes/paper/gap_cpu.yaml),
-        beside AdamW's weight decay of 0.1 for everything else: steps of the exploration set times 0.3, and a decoupled
-        penalty of 0.03. The class itself has the paper's full steps, and its penalty in the gradient.
+        What did best for new weights in short trainings of small models (docs/results.md, recipes/paper/gap_cpu.yaml
+        and gap_large_cpu.yaml), beside AdamW's weight decay of 0.1 for everything else: steps of the exploration set
+        times 0.3, and a decoupled penalty of 0.03. The class itself has the paper's full steps, and its penalty in the
+        gradient.
 
         Args:
             density (`float` or `str`, *optional*, defaults to 0.2): as of the class.
