@@ -100,11 +100,11 @@ def test_training_elsewhere_is_that_on_the_cpu(other_device, settings, late):
 
 
 @pytest.mark.parametrize("block_size", [1, [4, 2], 16, [16, 32]], ids=str)
-def test_only_refreshes_make_the_host_wait(other_device, kernels, block_size):
+def test_only_the_first_step_and_refreshes_make_the_host_wait(other_device, kernels, block_size):
     with other_device:
         got, waits = train(NAME, "triton", block_size=block_size)
     assert_same(got, train("cpu", "reference", block_size=block_size)[0])
-    assert waits == [False, True, False, True, False]
+    assert waits == [True, True, False, True, False]  # at the first it looks how hard the penalty pulls
 
 
 def choose_blocks(seed, block_size):
