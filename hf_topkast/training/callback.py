@@ -9,7 +9,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoints import CheckpointError
-from .cautions import warn_of_unfinished_schedule
 from .controller import TopKastController
 
 
@@ -80,9 +79,7 @@ class TopKastCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Leaves the optimizer as it was; says so if the model, perhaps the best one, is denser than it was to be."""
         self.controller.remove()
-        if not self.controller.state_dict(ahead=False)["arrived"]:
-            controller = self.controller
-            warn_of_unfinished_schedule(controller.config, state.max_steps, controller.step, controller.density)
+        self.controller.warn_if_unfinished()
 
     def state(self) -> dict[str, Any]:
         """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""

@@ -2,7 +2,6 @@
 
 from transformers.utils import logging
 
-from ..config import TopKastConfig
 from ..layers import TopKastLayer
 from ..sets import SetPlan, Timetable
 
@@ -63,21 +62,18 @@ def warn_of_restart(former: str) -> None:
     )
 
 
-def warn_of_unfinished_schedule(config: TopKastConfig, total_steps: int, step: int, density: float) -> None:
+def warn_of_unfinished_schedule(timetable: Timetable, step: int, density: float) -> None:
     """
     Says of a training that has ended that the model it leaves behind is on the way of its density schedule.
 
     Args:
-        config ([`TopKastConfig`]): has the schedule.
-        total_steps (`int`): optimizer steps that the training was to have.
+        timetable ([`Timetable`]): has the schedule.
         step (`int`): the one that the model is of.
         density (`float`): of the model.
     """
-    timetable = Timetable.of(config, total_steps)
-    if timetable.way_left(step) > 0:
-        logger.warning(
-            f"The training ends with the model of step {step}, and its density schedule at step "
-            f"{timetable.density_window[1]}: the model has density {density:.4g}, and not density={config.density}. "
-            "Early stopping and load_best_model_at_end prefer the denser models of a schedule: do without them, or "
-            "let the schedule end before the first evaluation."
-        )
+    logger.warning(
+        f"The training ends with the model of step {step}, and its density schedule at step "
+        f"{timetable.density_window[1]}: the model has density {density:.4g}, and not "
+        f"density={timetable.config.density}. Early stopping and load_best_model_at_end prefer the denser models of a "
+        "schedule: do without them, or let the schedule end before the first evaluation."
+    )

@@ -10,7 +10,7 @@ from ..layers import TopKastLayer
 from ..storage import find_handles, local, sum_over_ranks
 from ..surgery import sparse_info, sparse_layers, sparse_root
 from . import powerprop
-from .cautions import warn_of_restart
+from .cautions import warn_of_restart, warn_of_unfinished_schedule
 from .changes import ValueChanges, active_here
 from .engines import check_engine, find_ddp
 from .optimizers import check_optimizer, holds_state, unwrap_optimizer
@@ -228,6 +228,11 @@ class TopKastController:
         """Makes B := A in every layer from now on, which gives the memory and the work of B\\A back."""
         self._refresher.stop_exploring(self.step)
         self._see_layers()
+
+    def warn_if_unfinished(self) -> None:
+        """Says so if the model, of a training that has ended, is still on the way of its density schedule."""
+        if self._refresher.way_left(self.step) > 0:
+            warn_of_unfinished_schedule(self._refresher.timetable, self.step, self.density)
 
     # What is logged and saved
 

@@ -179,6 +179,10 @@ class Refresher:
         self._stopped, self.timetable = step, replace(self.timetable, exploration_end=step)
         self.end_exploration()
 
+    def way_left(self, step: int) -> float:
+        """The share of the density schedule's way that is left after a step; 0 where a former training ended it."""
+        return 0.0 if self._arrived else self.timetable.way_left(step)
+
     def forget_choice(self):
         """Drops what was chosen ahead."""
         self._choice = None
@@ -251,16 +255,13 @@ class Refresher:
 
     def _key(self, step: int) -> list:
         explores = self.timetable.explores(step)
-        return choice_key(self.config, list(self._moving()), step, self._left(step), explores)
-
-    def _left(self, step: int) -> float:
-        return 0.0 if self._arrived else self.timetable.way_left(step)
+        return choice_key(self.config, list(self._moving()), step, self.way_left(step), explores)
 
     @torch.no_grad()
     def _sizes(self, step: int, layers: dict[str, TopKastLayer] | dict[str, Moment]) -> dict[str, Sizes]:
         # A pruned model keeps as many as it had at first, which the present sets still tell.
         read = _reader(layers, sets=self.config.density == "nonzero")
-        sizes = self._plan.sizes(self._left(step), self.timetable.explores(step), read, list(layers))
+        sizes = self._plan.sizes(self.way_left(step), self.timetable.explores(step), read, list(layers))
         return {name: self._plan.reachable_sizes(name, sizes[name], layers[name].row_offsets) for name in layers}
 
     def _is_at_final_density(self) -> bool:

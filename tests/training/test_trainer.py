@@ -289,18 +289,23 @@ def test_dense_model_is_refused(tmp_path):
         TopKastTrainer(model=make_gpt2(), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
 
 
+OFTEN_EVALUATED = {
+    "learning_rate": 5e-2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # so that the best model is not the last
+}
+
+
 def test_best_model_and_save_limit(tmp_path):
     trainer = make_trainer(
         tmp_path,
-        learning_rate=5e-2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
+        **OFTEN_EVALUATED,
         load_best_model_at_end=True,
         save_total_limit=2,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that the best model is not the last
     )
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
@@ -311,6 +316,14 @@ def test_best_model_and_save_limit(tmp_path):
     assert same_weights(best, trainer.model)
 
 
+@pytest.mark.parametrize("settings", [{}, {"method": "static"}, {"initial_density": 1.0, "schedule_end": 8}], ids=str)
+def test_a_training_of_no_step_changes_nothing(tmp_path, settings):
+    trainer = make_trainer(tmp_path, config=TopKastConfig(density=0.2, **settings), max_steps=-1, num_train_epochs=0)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
 @pytest.mark.parametrize("loads_best", [True, False])
 def test_a_best_model_on_the_way_of_a_density_schedule_is_told(tmp_path, monkeypatch, loads_best):
     warnings = []
@@ -318,14 +331,8 @@ def test_a_best_model_on_the_way_of_a_density_schedule_is_told(tmp_path, monkeyp
     trainer = make_trainer(
         tmp_path,
         config=TopKastConfig(density=0.2, initial_density=1.0, schedule_end=8, refresh_every=2),
-        learning_rate=5e-2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
+        **OFTEN_EVALUATED,
         load_best_model_at_end=loads_best,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # so that the best model is not the last
     )
     trainer.train()
     density = sparsity_report(trainer.model).density
