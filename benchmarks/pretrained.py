@@ -50,7 +50,7 @@ OPTIONS = {
 # What tells one line of the file from another, beside the run, its density and its learning rate.
 SETTINGS = (
     *("steps", "batch", "window", "refresh_every", "exploration", "calibration"),
-    *("train_tokens", "valid_tokens", "bf16", "seed"),
+    *("train_tokens", "valid_tokens", "bf16", "seed", "teacher"),
 )
 
 
@@ -152,7 +152,7 @@ def run(name: str, density: float, lr: float, at_the_cut: float | None, args: ar
     train = read_tokens(args.model, args.train, args.train_tokens)
     valid = read_tokens(args.model, args.valid, args.valid_tokens)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    teacher = args.model if "distilled" in name.split(", ") else None
+    teacher = (args.teacher or args.model) if "distilled" in name.split(", ") else None
     begin = time.perf_counter()
     model = prepare(model, name, density, train, args)
     seconds = {"prepare": time.perf_counter() - begin}
@@ -199,6 +199,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--refresh-every", type=int, default=50)
     parser.add_argument("--exploration", type=float, default=0.1, help="Density of B beyond that of A.")
     parser.add_argument("--calibration", type=int, default=16, help="Windows that the first sets are chosen by.")
+    parser.add_argument("--teacher", help="Directory of that of distilled runs. Default: MODEL, untrained.")
     parser.add_argument("--train-tokens", type=int, default=2_400_000)
     parser.add_argument("--valid-tokens", type=int, default=16_384)
     parser.add_argument("--bf16", action="store_true", help="Autocast; weights and optimizer stay in float32.")

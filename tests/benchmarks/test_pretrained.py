@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import measure, pretrained, pretrained_step
 
@@ -41,6 +41,15 @@ def test_runs_are_written_once_and_then_passed_over(places, tmp_path, monkeypatc
     assert corrected != dense
     assert all(line["after"] != line["at the cut"] and line["peak bytes"] > 0 for line in lines)
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+    # Another teacher makes another run.
+    teacher = str(tmp_path / "teacher")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(places[0])).save_pretrained(teacher)
+    pretrained.main([*command, "--runs", "corrected, static, distilled", "--teacher", teacher])
+    *before, taught = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert before == lines
+    assert taught["at the cut"] == pytest.approx(corrected)
+    assert taught["after"] != lines[2]["after"]
 
 
 @pytest.mark.parametrize("name", ["denser", "activation, fast", "dense, static"])
