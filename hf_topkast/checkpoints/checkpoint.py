@@ -262,10 +262,14 @@ def restore_layer(layer: TopKastLayer, theta: Tensor, state: SparseState, name: 
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    """The tensors of `model.safetensors`, or without it, as `from_pretrained` does, of the shards of an index."""
     names = [SAFE_WEIGHTS_NAME]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not (directory / SAFE_WEIGHTS_NAME).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error}). Use another checkpoint.") from error
     weights: dict[str, Tensor] = {}
     for name in names:
         try:
