@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..headers import INDEX_NAME, STATE_NAME, WEIGHTS_NAME, FileHeader, TensorHeader, read_header
+from ..headers import (
+    INDEX_NAME,
+    READABLE_VERSIONS,
+    STATE_NAME,
+    WEIGHTS_NAME,
+    FileHeader,
+    TensorHeader,
+    read_header,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -37,7 +45,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     fetched.
 
     Raises:
-        ValueError: if there is no such directory, or no model in it that can be read.
+        ValueError: if there is no such directory, no model in it that can be read, or a state file of another version
+            of the format.
     """
     path = Path(name)
     if path.is_dir():
@@ -53,17 +62,34 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def _opened(name: str, files: set[str], folder: Path, read: Callable[[str], FileHeader]) -> Checkpoint:
-    if INDEX_NAME in files:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-    elif WEIGHTS_NAME in files:
+    if WEIGHTS_NAME in files:  # which readers prefer to an index
         shards = [WEIGHTS_NAME]
+    elif INDEX_NAME in files:
+        shards = _shards(folder / INDEX_NAME)
     else:
         raise ValueError(f"{name} has no {WEIGHTS_NAME}: {_instead(name, files)}")
     missing = [shard for shard in shards if shard not in files]
     if missing:
         raise ValueError(f"{name} lacks {missing[0]}, which its {INDEX_NAME} names: copy all files of the checkpoint.")
-    return Checkpoint(name, [read(shard) for shard in shards], read(STATE_NAME) if STATE_NAME in files else None)
+    return Checkpoint(name, [read(shard) for shard in shards], _state(read) if STATE_NAME in files else None)
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): copy it anew, or use another checkpoint.") from error
+
+
+def _state(read: Callable[[str], FileHeader]) -> FileHeader:
+    state = read(STATE_NAME)
+    version = state.metadata.get("format_version")
+    if version not in READABLE_VERSIONS:
+        raise ValueError(
+            f"{state.path} has format version {version!r}, and this version of hf_topkast reads "
+            f"{' and '.join(READABLE_VERSIONS)}. Install the version that wrote it."
+        )
+    return state
 
 
 def _instead(name: str, files: set[str]) -> str:

@@ -61,13 +61,21 @@ def _check(checkpoint: str, output: Path):
 
 
 def _load(checkpoint: str):
-    from transformers import AutoModelForCausalLM
+    """The model, of the class that wrote the checkpoint: another one would lack its head, and get a new one."""
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     from .. import checkpoints  # noqa: F401 (lets from_pretrained know sparse layers)
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(checkpoint)
+    written_by = transformers.AutoConfig.from_pretrained(checkpoint).architectures or ["AutoModelForCausalLM"]
+    kind = getattr(transformers, written_by[0], None)
+    if kind is None:
+        raise ValueError(
+            f"{checkpoint} is a {written_by[0]}, which transformers does not have. Load it in Python with that class, "
+            "and call hf_topkast.densify(model) and save_pretrained, or export_sparse(model, directory)."
+        )
+    return kind.from_pretrained(checkpoint)
 
 
 def _copy_tokenizer(checkpoint: str, output: Path):

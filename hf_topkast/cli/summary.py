@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..headers import READABLE_VERSIONS, FileHeader, count_bits, count_nonzero
+from ..headers import FileHeader, count_bits, count_nonzero
 from .checkpoint import Checkpoint
 
 
@@ -117,9 +117,6 @@ def summarize(checkpoint: Checkpoint, count_zeros: bool = False) -> CheckpointSu
     Args:
         checkpoint ([`Checkpoint`]): its files.
         count_zeros (`bool`, *optional*, defaults to `False`): reads the matrices of a dense checkpoint and counts.
-
-    Raises:
-        ValueError: if its state file is of another version of the format.
     """
     held = sum(tensor.numel for _, tensor in checkpoint.tensors())
     headers = [*checkpoint.weights, *([checkpoint.state] if checkpoint.state else [])]
@@ -128,11 +125,6 @@ def summarize(checkpoint: Checkpoint, count_zeros: bool = False) -> CheckpointSu
         layers = list(_matrices(checkpoint)) if count_zeros else []
         return CheckpointSummary(checkpoint.name, "dense", layers, held, files)
     metadata = checkpoint.state.metadata
-    if metadata.get("format_version") not in READABLE_VERSIONS:
-        raise ValueError(
-            f"{checkpoint.state.path} has format version {metadata.get('format_version')!r}, and this version of "
-            f"hf_topkast reads {' and '.join(READABLE_VERSIONS)}. Install the version that wrote it."
-        )
     compact = metadata.get("kind") == "compact"
     settings = json.loads(metadata["config"])
     experts = json.loads(metadata.get("experts", "{}"))

@@ -166,7 +166,21 @@ def test_another_version_of_the_format(checkpoints, tmp_path, refused):
     data = path.read_bytes()
     assert data.count(b'"format_version":"2"') == 1
     path.write_bytes(data.replace(b'"format_version":"2"', b'"format_version":"9"'))
-    assert "format version '9'" in refused("inspect", folder)
+    for words in (("inspect", folder), ("compare", folder, folder), ("densify", folder, tmp_path / "out")):
+        assert "format version '9'" in refused(*words)
+    shutil.copy(folder / "model.safetensors", path)  # another file altogether
+    assert "format version None" in refused("compare", folder, folder)
+
+
+def test_an_index_that_is_damaged_or_of_a_former_save(checkpoints, tmp_path, refused, run_json):
+    folder = shutil.copytree(checkpoints[1] / "sharded", tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    for content in (index.read_text()[:100], "{}", "[]"):
+        index.write_text(content)
+        assert "index.json is damaged" in refused("inspect", folder)
+    folder = shutil.copytree(checkpoints[1] / "sparse", tmp_path / "sparse")
+    shutil.copy(checkpoints[1] / "sharded" / index.name, folder)
+    assert run_json("inspect", folder)["layers"] == run_json("inspect", checkpoints[1] / "sparse")["layers"]
 
 
 def test_a_hub_name_offline(refused):
