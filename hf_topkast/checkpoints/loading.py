@@ -201,12 +201,12 @@ def _base_of_adapter(name_or_path: str | os.PathLike, places: dict) -> str | Non
 def _names_us(name_or_path: str | os.PathLike, places: dict, config) -> bool:
     """Whether a configuration has the key by which 0.1.0 told that a checkpoint is sparse."""
     if config is not None and not isinstance(config, str | os.PathLike):
-        return hasattr(config, "quantization_config")
+        return getattr(config, "quantization_config", None) is not None
     path = _fetch(name_or_path if config is None else config, CONFIG_NAME, places)
     if path is None:
         return False
     with open(path, encoding="utf-8") as file:
-        return "quantization_config" in json.load(file)
+        return json.load(file).get("quantization_config") is not None
 
 
 _stock_from_pretrained = PreTrainedModel.from_pretrained.__func__

@@ -248,7 +248,8 @@ def fit_digests(weights: Tensor, digests: dict[str, str], saved: torch.dtype) ->
         digests (`dict[str, str]`): as [`weight_digests`] gives them.
         saved (`torch.dtype`): the dtype that they were saved in.
     """
-    if torch.promote_types(weights.dtype, saved) == weights.dtype:  # no number was rounded: back to what was saved
+    widened = weights.dtype != saved and torch.promote_types(weights.dtype, saved) == weights.dtype
+    if widened:  # no number was rounded: back to what was saved
         loaded, weights = weights, weights.to(saved)
         if not torch.equal(weights.to(loaded.dtype), loaded):
             return False

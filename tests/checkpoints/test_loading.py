@@ -1,4 +1,5 @@
 import copy
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import same_weights, trained
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_topkast import CheckpointError, TopKastConfig, TopKastController, densify, export_sparse, sparsify
@@ -96,7 +97,7 @@ def test_dtype(tmp_path):
 
 STOCK_READER = """
 import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert "hf_topkast" not in sys.modules
 tokens = torch.load(sys.argv[1] + "/tokens.pt")
@@ -180,6 +181,27 @@ def test_sharded(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_configuration_that_names_no_quantizer(tmp_path, said):
+    model = trained(make_gpt2)
+    model.config.quantization_config = None
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] is None
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.quantization_config is None
+    for given in ({}, {"config": config}):
+        assert same_weights(model, AutoModelForCausalLM.from_pretrained(tmp_path, **given))
+    assert not said
+
+
+def test_a_model_with_nan_comes_back_as_it_was_saved(tmp_path, said):
+    model = trained(make_gpt2)
+    layer = next(layer for _, layer in sparse_layers(model))
+    layer.values.data[[0, -1]] = torch.nan  # one of A and one of B\\A
+    model.save_pretrained(tmp_path)
+    loaded = next(layer for _, layer in sparse_layers(AutoModelForCausalLM.from_pretrained(tmp_path)))
+    assert torch.equal(loaded.values.isnan(), layer.values.isnan()) and not said
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
