@@ -4,15 +4,57 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import TopKastConfig
 from ..method import get_method
+from ..storage import is_sharded
 
 
 logger = logging.get_logger(__name__)
+
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_model(model: nn.Module, verb: str):
+    """
+    Raises:
+        TypeError: if it is no module.
+        ValueError: if DDP or FSDP2 has wrapped it or a part of it; they would go on with the former parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a model that is loaded, such as one of from_pretrained, not {model!r}.")
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel | FSDPModule):
+            raise ValueError(
+                f"{verb} puts other parameters in the place of those that {type(module).__name__} has taken over"
+                f"{f' in {name!r}' if name else ''}. Call it before the model is wrapped, or on one loaded anew."
+            )
+
+
+def check_weight(name: str, weight: Tensor):
+    """
+    Raises:
+        ValueError: if the numbers of a layer are not here, or none that can be trained.
+    """
+    if weight.is_meta:
+        raise ValueError(f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first.")
+    if is_sharded(weight) or not weight.numel():
+        raise ValueError(
+            f"The weight of layer '{name}' is {'split over processes' if is_sharded(weight) else 'empty'}: sparsify "
+            "the whole model, before anything splits it (FSDP2, tensor parallelism, DeepSpeed)."
+        )
+    if weight.dtype not in TRAINABLE:
+        raise ValueError(
+            f"Layer '{name}' has weights of {weight.dtype}, which cannot be trained: load the model in one of "
+            f"{', '.join(str(dtype).removeprefix('torch.') for dtype in TRAINABLE)}, or name the layer in "
+            "exclude_modules."
+        )
 
 
 def check_names(settings: Iterable[str]):

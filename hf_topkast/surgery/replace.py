@@ -23,7 +23,15 @@ from ..sets import SetPlan, check_finite
 from ..storage import NOWHERE, unpack_bits
 from .calibration import input_norms
 from .carry import carry_over, check_forward, warn_of_lost_hooks
-from .cautions import check_blocks, check_correction, check_names, check_not_quantized, warn_of_a_cut
+from .cautions import (
+    check_blocks,
+    check_correction,
+    check_model,
+    check_names,
+    check_not_quantized,
+    check_weight,
+    warn_of_a_cut,
+)
 from .correction import correct_in_order, corrected
 from .first_sets import first_sets
 from .info import DDP_IGNORES, SparseInfo, mark_sparse, sparse_layers
@@ -71,12 +79,12 @@ def sparsify(
         TypeError: if `model` is no module, `config` no [`TopKastConfig`], or a setting not one of its fields.
         ValueError: if both `config` and settings are given, if the model is sparse already or has PEFT adapters, if
             no layer matches (the message lists candidates), if a named layer is of an unsupported type, tied to
-            another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite or not
-            loaded yet, if `calibration` does not go with `score` or with the model, if `correct` has nothing to make
-            up for, or as [`SetPlan`] says. The model is unchanged then.
+            another or as [`check_carried`] says, if blocks do not fill a layer, if a weight is NaN, infinite, not
+            loaded yet or of a dtype that cannot be trained, if DDP or FSDP2 has wrapped the model, if `calibration`
+            does not go with `score` or with the model, if `correct` has nothing to make up for, or as [`SetPlan`]
+            says. The model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sparsify takes a model that is loaded, such as one of from_pretrained, not {model!r}.")
+    check_model(model, "sparsify")
     config = _settled(config, settings, calibrated=calibration is not None)
     if correct:
         check_correction(config, calibrated=calibration is not None)
@@ -130,8 +138,11 @@ def densify(model: Model) -> Model:
         `torch.nn.Module`: the same object.
 
     Raises:
-        ValueError: if the model has no sparse layer, or one whose `forward` was replaced. It is unchanged then.
+        TypeError: if `model` is no module.
+        ValueError: if the model has no sparse layer, or one whose `forward` was replaced, or if it is wrapped by DDP
+            or FSDP2. It is unchanged then.
     """
+    check_model(model, "densify")
     names = [name for name, _ in sparse_layers(model)]
     if not names:
         raise ValueError("The model has no sparse layer, so there is nothing to densify.")
@@ -212,10 +223,7 @@ def _check_dense(model: nn.Module) -> None:
 
 def _check_targets(targets: dict[str, nn.Module | ExpertStack], config: TopKastConfig) -> None:
     for name, dense in targets.items():
-        if dense.weight.is_meta:
-            raise ValueError(
-                f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first."
-            )
+        check_weight(name, dense.weight)
         check_finite(dense.weight.detach(), name)
         if isinstance(dense, ExpertStack):
             check_blocks(name, (dense.out_features, dense.in_features), config.block_size, dense.experts)

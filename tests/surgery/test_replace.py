@@ -3,7 +3,10 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from toy_models import make_gpt2, make_llama, token_batches
 
 from hf_topkast import TopKastConfig, densify, sparsify
@@ -59,6 +62,11 @@ def test_blocks_that_do_not_fill_a_layer_are_refused():
         members = layer.pattern.active_mask().view(-1, 16, layer.pattern.shape[1])
         assert torch.equal(members.all(1), members.any(1))
         assert layer.active_count == 16 * round(0.2 * layer.numel / 16)
+
+
+def test_densify_needs_a_model():
+    with pytest.raises(TypeError, match="densify takes a model that is loaded.*'gpt2'"):
+        densify("gpt2")
 
 
 def test_densify_needs_a_sparse_model():
@@ -196,6 +204,46 @@ def test_weights_that_are_not_loaded_are_refused():
         model = make_gpt2()
     with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' .*meta device"):
         sparsify(model, density=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_cannot_be_trained_are_refused(dtype):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"'0' has weights of {dtype}.*float32.*exclude_modules"):
+        sparsify(model, density=0.2, target_modules=["0"])
+
+
+def test_weights_that_lie_elsewhere_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data = torch.empty(0)  # as DeepSpeed leaves them
+    with pytest.raises(ValueError, match="'0' is empty: sparsify the whole model"):
+        sparsify(model, density=0.2, target_modules=["0"])
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_model_that_is_wrapped_is_refused(one_process):
+    for verb, make in (
+        (lambda model: sparsify(model, density=0.2, target_modules=["c_fc"]), make_gpt2),
+        (densify, lambda: sparsify(make_gpt2(), density=0.2)),
+    ):
+        with pytest.raises(ValueError, match="DistributedDataParallel has taken over. Call it before"):
+            verb(DistributedDataParallel(make()))
+        model = make()
+        fully_shard(model.transformer.h[0])
+        with pytest.raises(ValueError, match=r"taken over in 'transformer\.h\.0'"):
+            verb(model)
+    sharded = make_gpt2()
+    fully_shard(sharded.transformer.h[0])
+    layers = nn.Sequential(sharded.transformer.h[0].mlp.c_fc)  # a part that is no wrapper itself
+    with pytest.raises(ValueError, match="'0' is split over processes"):
+        sparsify(layers, density=0.2, target_modules=["0"])
 
 
 def test_parts_with_settings_of_their_own_are_refused_in_training():
