@@ -1,6 +1,7 @@
 """What verbs print: tables for people, JSON for programs, and on the error stream that something takes long."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +27,16 @@ def console(error: bool = False) -> Console:
 
 
 def print_json(value: Any):
-    """Prints a value of JSON types."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints a value of JSON types; numbers that JSON has no word for, such as the loss of a diverged run, as null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_lines(*lines: str):

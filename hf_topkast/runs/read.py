@@ -53,12 +53,12 @@ class Run:
         return bool(self.settings) or bool(self.series("topkast/density"))
 
     @property
-    def density(self) -> float:
-        """Of the sparse layers at the end; 1 for a dense run."""
+    def density(self) -> float | None:
+        """Of the sparse layers at the end; 1 for a dense run, `None` where neither the log nor the settings tell."""
         return self._share("density")
 
     @property
-    def backward_density(self) -> float:
+    def backward_density(self) -> float | None:
         """The same of B."""
         return self._share("backward_density")
 
@@ -72,11 +72,12 @@ class Run:
         """Optimizer steps taken."""
         return self.results.get("steps") or max((entry.get("step", 0) for entry in self.history), default=0)
 
-    def _share(self, key: str) -> float:
+    def _share(self, key: str) -> float | None:
         if not self.sparse:
             return 1.0
         points = self.series(f"topkast/{key}")
-        return self.results.get(key) or (points[-1][1] if points else self.settings.get(key) or 1.0)
+        found = self.results.get(key) or (points[-1][1] if points else self.settings.get(key))
+        return found if _is_number(found) else None  # of a pruned model the settings say "nonzero"
 
     def to_dict(self) -> dict[str, Any]:
         """What is told in numbers, as JSON types."""

@@ -19,3 +19,13 @@ def test_bad_input(tmp_path, refused):
     assert "There is no directory" in refused("report", tmp_path / "nowhere")
     (tmp_path / "trainer_state.json").write_text("{")
     assert "is damaged" in refused("report", tmp_path)
+
+
+def test_json_of_a_run_that_diverged(tmp_path, run):
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": NaN}]}')
+
+    def refuse(word):
+        raise ValueError(f"JSON has no {word}")
+
+    told = json.loads(run("report", tmp_path, "--output", tmp_path / "a.html", "--json"), parse_constant=refuse)
+    assert told["runs"][0]["loss"] is None and told["runs"][0]["density"] == 1.0

@@ -4,6 +4,8 @@ import pytest
 
 from hf_topkast.layer_log import append_entry
 from hf_topkast.runs import read_run
+from hf_topkast.runs.page import page
+from hf_topkast.runs.table import outcome_rows
 
 
 @pytest.fixture
@@ -42,6 +44,19 @@ def test_a_run_that_still_goes_on_is_read_from_its_last_checkpoint(tmp_path):
     (place / "topkast_config.json").write_text('{"density": 0.1}')
     run = read_run(tmp_path)
     assert run.steps == 10 and run.settings == {"density": 0.1} and run.density == 0.1
+
+
+PRUNED = {"density": "nonzero", "backward_density": None}
+
+
+@pytest.mark.parametrize("settings", [PRUNED, {"method": "topkast"}], ids=str)
+def test_densities_that_nothing_tells(tmp_path, settings):
+    """Of a pruned model, say, that Trainer alone has trained, or before the first entry of the log."""
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    (tmp_path / "topkast_config.json").write_text(json.dumps(settings))
+    run = read_run(tmp_path)
+    assert run.sparse and run.density is None and run.backward_density is None
+    assert "Density" not in page([run]) and "density" not in dict(outcome_rows([run]))
 
 
 def test_a_dense_run(tmp_path):
