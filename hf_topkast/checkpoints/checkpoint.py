@@ -26,7 +26,7 @@ from ..storage import (
     part_of,
     shard_like,
 )
-from ..surgery import sparse_info, sparse_layers
+from ..surgery import check_here, sparse_info, sparse_layers
 from .names_on_disk import to_model_names
 from .state_file import (
     STATE_NAME,
@@ -58,6 +58,7 @@ def split_state_dict(
 
     Raises:
         CheckpointError: if a thread gave a layer other sets meanwhile; the message names the layer.
+        ValueError: if a layer's numbers are offloaded.
     """
     info = sparse_info(model)
     places = _places(model)
@@ -74,6 +75,7 @@ def split_state_dict(
                 "have no places. Take model.state_dict()."
             )
         keys = [key for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS) if f"{name}.{key}" in stock]
+        check_here(name, (stock[f"{name}.{key}"] for key in keys))
         own = {key: stock.pop(f"{name}.{key}").cpu().clone() for key in keys}
         if begun[name] % 2 or layer.assignments != begun[name]:
             raise CheckpointError(

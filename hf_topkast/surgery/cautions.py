@@ -37,13 +37,24 @@ def check_model(model: nn.Module, verb: str):
             )
 
 
+def check_here(name: str, tensors: Iterable[Tensor]):
+    """
+    Raises:
+        ValueError: if a layer has no numbers at the moment.
+    """
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(
+            f"The numbers of layer '{name}' are not here, but on the meta device. If accelerate has offloaded them, "
+            "accelerate.hooks.remove_hook_from_submodules(model) brings them back; else load or initialise them first."
+        )
+
+
 def check_weight(name: str, weight: Tensor):
     """
     Raises:
         ValueError: if the numbers of a layer are not here, or none that can be trained.
     """
-    if weight.is_meta:
-        raise ValueError(f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first.")
+    check_here(name, (weight,))
     if is_sharded(weight) or not weight.numel():
         raise ValueError(
             f"The weight of layer '{name}' is {'split over processes' if is_sharded(weight) else 'empty'}: sparsify "

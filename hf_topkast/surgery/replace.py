@@ -26,6 +26,7 @@ from .carry import carry_over, check_forward, warn_of_lost_hooks
 from .cautions import (
     check_blocks,
     check_correction,
+    check_here,
     check_model,
     check_names,
     check_not_quantized,
@@ -139,15 +140,16 @@ def densify(model: Model) -> Model:
 
     Raises:
         TypeError: if `model` is no module.
-        ValueError: if the model has no sparse layer, or one whose `forward` was replaced, or if it is wrapped by DDP
-            or FSDP2. It is unchanged then.
+        ValueError: if the model has no sparse layer, or one whose `forward` was replaced or whose numbers are
+            offloaded, or if it is wrapped by DDP or FSDP2. It is unchanged then.
     """
     check_model(model, "densify")
     names = [name for name, _ in sparse_layers(model)]
     if not names:
         raise ValueError("The model has no sparse layer, so there is nothing to densify.")
-    for name in names:
-        check_forward(name, model.get_submodule(name))
+    for name, layer in sparse_layers(model):
+        check_forward(name, layer)
+        check_here(name, (layer.values, layer.columns))
     for name in names:
         layer = model.get_submodule(name)
         replace_module(model, layer, layer.to_dense(layer.weight.detach().clone()))

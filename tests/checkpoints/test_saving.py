@@ -1,5 +1,7 @@
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig, get_peft_model
 from toy_models import make_gpt2, make_llama
 from toy_training import same_weights, trained
@@ -50,6 +52,19 @@ def test_arguments_by_their_places(tmp_path):
     assert list((tmp_path / "dense").glob("model-*.safetensors"))
     with pytest.raises(TypeError, match="save_directory"):
         model.save_pretrained()
+
+
+def test_an_offloaded_model_says_how_it_can_be_saved(tmp_path):
+    model = trained(make_llama)
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    for save in (model.save_pretrained, lambda folder: export_sparse(model, folder)):
+        with pytest.raises(ValueError, match=r"'model\.layers\.0\..*meta device.*remove_hook_from_submodules"):
+            save(tmp_path)
+    remove_hook_from_submodules(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
 
 
 def test_a_distributed_checkpoint_is_refused(tmp_path):

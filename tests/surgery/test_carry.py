@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.utils as utils
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate import cpu_offload
+from accelerate.hooks import (
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+)
 from torch import nn
 from torch.nn.utils import prune
 from toy_models import make_gpt2, make_llama, token_batches
@@ -22,6 +28,10 @@ TOKENS = token_batches(1)[0]
 def run(model):
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     model.zero_grad()
+
+
+def sparsify_all(model):
+    return sparsify(model, density=0.2)
 
 
 def with_hooks(layer):
@@ -170,6 +180,17 @@ def test_accelerates_hooks_that_were_taken_off_leave_nothing_behind():
         x = torch.randn(3, after.in_features)
         torch.testing.assert_close(after(x), x @ after.weight.T)
         assert "forward" not in vars(after)
+
+
+def test_an_offloaded_model_is_refused_and_stays_as_it_was():
+    for verb, model in ((sparsify_all, make_llama()), (densify, sparsify(make_llama(), density=0.2))):
+        expected = model.eval()(TOKENS).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"'model\.layers\.0\..*meta device.*remove_hook_from_submodules"):
+            verb(model)
+        assert torch.equal(model(TOKENS).logits, expected)
+        remove_hook_from_submodules(model)
+        verb(model)
 
 
 def test_a_forward_of_its_own_under_accelerates_hook_and_on_a_sparse_layer_is_refused():
