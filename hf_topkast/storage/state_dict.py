@@ -43,7 +43,11 @@ class StoredState(nn.Module):
             )
             return
         saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
-        problem = mixture(*saved, self.matrix_shape, self.block_size) or self._fit_storage(state_dict, prefix)
+        problem = (
+            self._other_layer(state_dict, prefix)
+            or mixture(*saved, self.matrix_shape, self.block_size)
+            or self._fit_storage(state_dict, prefix)
+        )
         if problem:
             errors.append(f"Layer '{prefix[:-1]}': {problem}")
             return
@@ -72,30 +76,42 @@ class StoredState(nn.Module):
             self.sets_digest.copy_(saved)
         self._watch()
 
-    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
-        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
+    def _sized(self, state_dict: dict, prefix: str) -> dict[str, Tensor] | None:
+        """What has sizes of its own in a saved state; `None` if a part is missing, which torch reports."""
         sized = {name: state_dict.get(prefix + name) for name in ("values", "columns", "reservoir", "row_offsets")}
-        if any(tensor is None for tensor in sized.values()):
-            return None  # reported as missing keys by torch
-        stored = sized["values"].numel()
-        entries = stored // (self.block_size[0] * self.block_size[1])
-        resting = 0 if self.reservoir_device == NOWHERE else self.numel - stored
-        if sized["reservoir"].numel() != resting or sized["columns"].numel() != entries:
+        return None if any(tensor is None for tensor in sized.values()) else sized
+
+    def _other_layer(self, state_dict: dict, prefix: str) -> str | None:
+        """Says what shows that a saved state is of a layer of another size, or of other blocks."""
+        sized = self._sized(state_dict, prefix)
+        if sized is None:
+            return None
+        stored, columns, resting, offsets = (
+            sized[name].numel() for name in ("values", "columns", "reservoir", "row_offsets")
+        )
+        block = self.block_size[0] * self.block_size[1]
+        if offsets != self.row_offsets.numel() or columns * block != stored:
+            return (
+                f"the state has {offsets} row_offsets, {columns} columns and {stored} values, and this layer "
+                f"{self.row_offsets.numel()} row_offsets and {block} values a column: it was saved with another "
+                f"block_size than {self.block_size}, or is of another layer."
+            )
+        if resting != (0 if self.reservoir_device == NOWHERE else self.numel - stored):
             kept = "that keeps no weights outside B" if self.reservoir_device == NOWHERE else "with all its weights"
             return (
-                f"the state holds {stored} values, {sized['columns'].numel()} columns and "
-                f"{sized['reservoir'].numel()} reservoir weights, which is not a layer of {self.numel} weights {kept}."
+                f"the state holds {stored} values and {resting} reservoir weights, which is not a layer of "
+                f"{self.numel} weights {kept}."
             )
-        if sized["row_offsets"].shape != self.row_offsets.shape:
-            return (
-                f"the state has {sized['row_offsets'].numel()} row_offsets and this layer {self.row_offsets.numel()}: "
-                f"it was saved with another block_size than {self.block_size}."
-            )
-        if int(sized["row_offsets"][-1]) != sized["columns"].numel():
-            return (
-                f"the state's row_offsets end at {int(sized['row_offsets'][-1])}, but it holds "
-                f"{sized['columns'].numel()} columns."
-            )
+        return None
+
+    def _fit_storage(self, state_dict: dict, prefix: str) -> str | None:
+        """Gives `values`, `columns` and `reservoir` the sizes of a saved state; says what makes that impossible."""
+        sized = self._sized(state_dict, prefix)
+        if sized is None:
+            return None
+        end, columns = int(sized["row_offsets"][-1]), sized["columns"].numel()
+        if end != columns:
+            return f"the state's row_offsets end at {end}, but it holds {columns} columns."
         for name in ("values", "columns", "reservoir"):
             if getattr(self, name).shape != sized[name].shape:
                 self._write(name, sized[name].detach())

@@ -1,0 +1,33 @@
+"""What a layer says of a state that is not its own."""
+
+import pytest
+from torch import nn
+
+from hf_topkast import sparsify
+
+
+def make(block_size=1, size=8, **settings):
+    model = nn.Sequential(nn.Linear(size, 8))
+    return sparsify(model, density=0.25, target_modules=["0"], block_size=block_size, **settings)
+
+
+@pytest.mark.parametrize("block_size", [(2, 1), (1, 2), (4, 4)])
+def test_another_block_size_is_named(block_size):
+    for one, other in ((1, block_size), (block_size, 1)):
+        with pytest.raises(RuntimeError, match="Layer '0'.*another block_size than"):
+            make(one).load_state_dict(make(other).state_dict())
+
+
+def test_other_numbers_of_weights_are_named():
+    with pytest.raises(RuntimeError, match="Layer '0': .*32 values and 96 reservoir weights.*a layer of 64 weights"):
+        make().load_state_dict({**make().state_dict(), **make(size=16, backward_density=0.25).state_dict()})
+    with pytest.raises(RuntimeError, match="Layer '0': .*not a layer of 64 weights that keeps no weights outside B"):
+        make(method="rigl").load_state_dict(make().state_dict())
+
+
+def test_offsets_of_other_columns_are_named():
+    state = make().state_dict()
+    state["0.row_offsets"] = state["0.row_offsets"].clamp(max=3)
+    del state["0.sets_digest"]
+    with pytest.raises(RuntimeError, match="Layer '0': the state's row_offsets end at 3, but it holds 32 columns"):
+        make().load_state_dict(state)
