@@ -154,7 +154,8 @@ def restore_theta(alpha: Tensor, state: SparseState, name: str, exact: bool = Fa
 
 def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseState:
     """
-    Loads a directory written by `save_pretrained` into a sparse model of the same shapes, bit by bit.
+    Loads a directory written by `save_pretrained` into a sparse model of the same shapes, bit by bit unless
+    the model is of a dtype that rounds them.
 
     Args:
         model (`torch.nn.Module`): a sparse model.

@@ -288,7 +288,7 @@ def resumable_step(directory: str | os.PathLike[str]) -> int:
     The optimizer step at which a checkpoint's training stopped.
 
     Raises:
-        CheckpointError: if the directory, the optimizer's state or Trainer's is missing.
+        CheckpointError: if the directory, the optimizer's state or Trainer's is missing, or Trainer's is damaged.
     """
     if not os.path.isdir(directory):
         raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
@@ -298,8 +298,12 @@ def resumable_step(directory: str | os.PathLike[str]) -> int:
                 f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). "
                 "Start a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
             )
-    with open(os.path.join(directory, TRAINER_STATE_NAME), encoding="utf-8") as file:
-        state = json.load(file)
+    path = os.path.join(directory, TRAINER_STATE_NAME)
+    with open(path, encoding="utf-8") as file:
+        try:
+            state = json.load(file)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
     return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
 
 

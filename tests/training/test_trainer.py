@@ -225,6 +225,14 @@ def test_resume_without_the_schedule_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_resume_from_a_damaged_trainer_state_names_the_file(tmp_path):
+    checkpoint = checkpointed(tmp_path)
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CheckpointError, match="trainer_state.json is truncated or damaged"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_resume_from_two_moments_is_refused(tmp_path):
     checkpoint = checkpointed(tmp_path)
     path = checkpoint / "trainer_state.json"
