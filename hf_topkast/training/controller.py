@@ -282,10 +282,10 @@ class TopKastController:
             "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
             "topkast/penalty": self.penalty(),
         }
-        if self.config.lr_scale != 1:
-            first = next(layer.values for layer in self.layers.values() if layer.values.requires_grad)
-            held = (group for group in self.optimizer.param_groups if any(value is first for value in group["params"]))
-            metrics["topkast/learning_rate"] = float(next(held)["lr"]) * self.config.lr_scale
+        values = {id(layer.values) for layer in self.layers.values() if layer.values.requires_grad}
+        held = (group for group in self.optimizer.param_groups if values & set(map(id, group["params"])))
+        if self.config.lr_scale != 1 and (group := next(held, None)) is not None:  # frozen layers need not be held
+            metrics["topkast/learning_rate"] = float(group["lr"]) * self.config.lr_scale
         if self.mask_churn is not None:
             metrics["topkast/mask_churn"] = self.mask_churn
         if self.refresh_seconds is not None:

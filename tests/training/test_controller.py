@@ -636,6 +636,19 @@ def test_removed_controller_leaves_the_optimizer_alone():
     assert controller.step == 2
 
 
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_frozen_layers_have_no_learning_rate_to_show(unfrozen):
+    model = sparsify(make_gpt2(), density=0.2, lr_scale=2.0)
+    model.requires_grad_(False)
+    model.transformer.wte.weight.requires_grad_(True)
+    controller = TopKastController(model, torch.optim.SGD([model.transformer.wte.weight], lr=0.1))
+    model.requires_grad_(unfrozen)  # behind the optimizer, which is told at the next step
+    assert "topkast/learning_rate" not in controller.metrics()
+    model.requires_grad_(True)
+    trained = TopKastController(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert trained.metrics()["topkast/learning_rate"] == pytest.approx(0.2)
+
+
 def test_metrics():
     config = TopKastConfig(density=0.2, refresh_every=2, penalty=1e-2)
     model = sparsify(make_gpt2(), config)
