@@ -1,5 +1,6 @@
 """The settings of a run: fields of several dataclasses, from one flat YAML file and the command line."""
 
+import argparse
 import difflib
 import json
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,8 @@ class ModelArguments:
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
             self.config_overrides = read_mapping("config_overrides", self.config_overrides)
+        if not isinstance(self.config_overrides, dict | None):
+            raise ValueError(f"`config_overrides` is {self.config_overrides!r}: give a mapping, such as `n_layer: 4`.")
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("`config_overrides` is for new models: leave it out, or leave out `model_name_or_path`.")
         refuse_missing_directory("model_name_or_path", self.model_name_or_path)
@@ -59,6 +62,8 @@ class DataArguments:
             raise ValueError("`dataset: wikitext103` is counted in words and needs `tokenizer`, for example `gpt2`.")
         if self.dataset == "enwik8" and self.tokenizer is not None:
             raise ValueError("`dataset: enwik8` is counted in bytes: leave `tokenizer` out, or use `dataset: text`.")
+        for name in ("max_train_bytes", "max_eval_bytes"):
+            check_number(name, getattr(self, name), 1, "leave it out for all")
         refuse_missing_directory("tokenizer", self.tokenizer)
 
 
@@ -69,6 +74,10 @@ class RunArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
     sample_tokens: int = field(default=256, metadata={"help": "Tokens of sample text at the end; 0 for none."})
     sample_prompt_tokens: int = field(default=64, metadata={"help": "Tokens of the valid split as its prompt."})
+
+    def __post_init__(self):
+        check_number("sample_tokens", self.sample_tokens, 0, "0 is for no sample")
+        check_number("sample_prompt_tokens", self.sample_prompt_tokens, 1, "a model goes on from some token")
 
 
 @dataclass
@@ -99,8 +108,7 @@ class FineTuningArguments:
     )
 
     def __post_init__(self):
-        if self.calibration_windows < 0:
-            raise ValueError(f"`calibration_windows` is {self.calibration_windows}: give a number, 0 for none.")
+        check_number("calibration_windows", self.calibration_windows, 0, "0 is for none")
         if self.correct and not self.calibration_windows:
             raise ValueError(
                 "`correct` is true, but `calibration_windows` is 0: weights are corrected for the inputs that these "
@@ -161,6 +169,9 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
     settings = read_yaml(given.config)
     options = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
     refuse_unknown_keys([*settings, *(option[2:].replace("-", "_") for option in options)], fields, given.config)
+    for action in parser._actions:
+        if action.dest in settings:
+            check_setting(action, settings[action.dest], given.config)
     parser.set_defaults(**settings)
     parsed = vars(parser.parse_args(argv))
     del parsed["config"]
@@ -182,9 +193,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"There is no configuration file `{path}`. Give one of recipes/*/*.yaml as first argument.")
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not YAML ({error}).") from error
-    if not isinstance(settings, dict):
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is not YAML in UTF-8 ({error}).") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"`{path}` is not a list of `field: value` lines.")
     return settings
 
@@ -198,6 +209,26 @@ def read_mapping(name: str, text: str) -> dict[str, Any] | None:
     if not (mapping is None or isinstance(mapping, dict)):
         raise ValueError(f"`{name}` is {text!r}: on the command line give JSON, such as '{{\"n_layer\": 4}}'.")
     return mapping
+
+
+def check_number(name: str, value: int | None, least: int, why: str) -> None:
+    """Raises a `ValueError` that says why if a field's value, where there is one, is less than it may be."""
+    if value is not None and value < least:
+        raise ValueError(f"`{name}` is {value}: give a number from {least} on ({why}).")
+
+
+def check_setting(action: argparse.Action, value: Any, path: str) -> None:
+    """
+    Whether a value of a YAML file is one that an option can have: argparse checks only texts, as a command line has.
+
+    Raises:
+        `ValueError`: If it is none; the message names the field and says what is allowed.
+    """
+    for each in value if isinstance(value, list) else [value]:
+        if action.choices is not None and each is not None and each not in action.choices:
+            raise ValueError(f"`{action.dest}` is {each!r} in `{path}`: it must be one of {list(action.choices)}.")
+        if action.type is int and isinstance(each, bool | float):
+            raise ValueError(f"`{action.dest}` is {each!r} in `{path}`: it must be a whole number.")
 
 
 def refuse_missing_directory(name: str, value: str | None) -> None:

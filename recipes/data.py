@@ -73,6 +73,8 @@ def load_corpus(args: DataArguments) -> Corpus:
         keys.append(hashlib.sha256(encoder_key.encode() + b"\0" + text).hexdigest())
         path = Path(args.cache_dir).expanduser() / f"{args.dataset}-{name}-{keys[-1][:16]}.npy"
         if not path.exists():
+            if args.tokenizer:
+                refuse_other_encodings(text, name, args)
             save_atomically(path, encode_lines(text, tokenizer) if args.tokenizer else np.frombuffer(text, np.uint8))
         num_words = None if name == "train" else count_words(text)
         splits[name] = Split(name, np.load(path, mmap_mode="r"), len(text), num_words)
@@ -85,6 +87,18 @@ def cap_text(text: bytes, max_bytes: int | None, at_line_end: bool) -> bytes:
     if max_bytes is None or len(text) <= max_bytes:
         return text
     return text[: text.rfind(b"\n", 0, max_bytes) + 1] if at_line_end else text[:max_bytes]
+
+
+def refuse_other_encodings(text: bytes, name: str, args: DataArguments) -> None:
+    """Raises a `ValueError` if a split that a tokenizer is to read is not UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The {name} split of `{args.data_file or args.data_dir or args.dataset}` is not UTF-8, as a tokenizer "
+            f"reads it ({error.reason} at byte {error.start:,}). Convert it, as `iconv -f latin1 -t utf-8` does; or "
+            "with `dataset: text` leave `tokenizer` out, to train on bytes."
+        ) from error
 
 
 def count_words(text: bytes) -> int:

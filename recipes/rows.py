@@ -22,8 +22,8 @@ def load_rows(name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> data
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): What is to write conversations as texts.
 
     Raises:
-        `ValueError`: If they are not to be had, have neither column, or are conversations and the tokenizer has no
-            template for them.
+        `ValueError`: If they are not to be had, have neither column, hold something else in it, or are conversations
+            and the tokenizer has no template for them.
     """
     local = Path(name).suffix in (".json", ".jsonl")
     if local and not Path(name).is_file():
@@ -33,7 +33,7 @@ def load_rows(name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> data
             rows = datasets.load_dataset("json", data_files=name, split="train")
         else:
             rows = datasets.load_dataset(name, split=split)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:  # an empty file: the second
         raise ValueError(
             f"`--dataset {name}` could not be loaded ({type(error).__name__}: {error}). Give the id of a data set of "
             "the hub, or a local file of JSON lines whose name ends in .json or .jsonl."
@@ -49,7 +49,20 @@ def load_rows(name: str, split: str, tokenizer: PreTrainedTokenizerBase) -> data
             f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, so `messages` cannot be written as "
             "one text. Use a model that was made for conversations, or save its tokenizer with a `chat_template`."
         )
-    return rows.select_columns([column]).filter(lambda row: bool(row[column]))  # some data sets have empty lines
+    rows = rows.select_columns([column]).filter(lambda row: bool(row[column]))  # some data sets have empty lines
+    if len(rows) and not _is_readable(rows[0]):
+        raise ValueError(
+            f"`--dataset {name}` has rows such as {str(rows[0])[:200]}. A `text` must be a string, and `messages` a "
+            "list of mappings with `role` and `content` (some data sets call them `from` and `value`): convert them."
+        )
+    return rows
+
+
+def _is_readable(row: dict[str, Any]) -> bool:
+    if "text" in row:
+        return isinstance(row["text"], str)
+    messages = row["messages"]
+    return isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
 
 
 def hold_out(rows: datasets.Dataset, count: int) -> tuple[datasets.Dataset, datasets.Dataset]:

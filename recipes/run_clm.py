@@ -41,10 +41,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import logging
 from windows import EvaluationWindows, TrainingWindows
 
 from hf_topkast import TopKastDistillationTrainer, TopKastLayerLogger, TopKastTrainer, sparsify, sparsity_report
 from hf_topkast.checkpoints import last_whole_checkpoint
+
+
+logger = logging.get_logger("recipes.run_clm")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, run_args, topkast_config, training_args, tuning = parse_arguments(argv)
     pretrained = model_args.model_name_or_path
     settle_fine_tuning(tuning, topkast_config, model_args.sparse, pretrained)
-    checkpoint = find_checkpoint(training_args) if run_args.resume else training_args.resume_from_checkpoint
+    checkpoint = find_checkpoint(training_args, run_args.resume)
     prepare_for_evaluation(training_args)
 
     # Data: one process tokenizes, the others find its work in the cache.
@@ -153,16 +157,29 @@ def main(argv: list[str] | None = None) -> dict:
     return results
 
 
-def find_checkpoint(training_args: TrainingArguments) -> str:
-    """The last checkpoint in `output_dir` that was written to its end; a `ValueError` if there is none."""
+def find_checkpoint(training_args: TrainingArguments, resume: bool) -> str | bool | None:
+    """
+    What to go on from: with `resume` the last checkpoint in `output_dir` that was written to its end, else what
+    `resume_from_checkpoint` says. A run that goes on from nothing is told of checkpoints that lie in its folder.
+
+    Raises:
+        `ValueError`: If there is none to resume from.
+    """
     folder = Path(training_args.output_dir)
+    if not resume and training_args.resume_from_checkpoint:
+        return training_args.resume_from_checkpoint
     checkpoint = last_whole_checkpoint(folder)
-    if checkpoint is None:
+    if resume and checkpoint is None:
         raise ValueError(
             f"`--resume`: there is no checkpoint in `output_dir` `{folder}`. Leave `--resume` out to start from the "
             "beginning, or give the `output_dir` of the run to go on with."
         )
-    return checkpoint
+    if checkpoint is not None and not resume:
+        logger.warning(
+            f"This run starts from the beginning, and {checkpoint} is of an earlier one: should this run stop before "
+            "that step, `--resume` would go on with the earlier one. Delete it, or give another `output_dir`."
+        )
+    return checkpoint if resume else None
 
 
 def prepare_for_evaluation(training_args: TrainingArguments) -> None:
@@ -185,26 +202,28 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
         window (`int`): The longest input.
 
     Raises:
-        `ValueError`: If a field is not one of the architecture's, or if a pretrained model is too small or sparse.
+        `ValueError`: If a field is not one of the architecture's, or if the model is too small or was sparse before.
     """
     vocab_size = len(corpus.tokenizer)
     if args.model_name_or_path:
         model = load_dense(args.model_name_or_path)
-        if model.config.vocab_size < vocab_size:
-            raise ValueError(
-                f"`{args.model_name_or_path}` knows {model.config.vocab_size:,} tokens, but the tokenizer has "
-                f"{vocab_size:,}. Give `tokenizer` the name of the model's own."
-            )
     else:
         overrides = args.config_overrides or {}
         fields = AutoConfig.for_model(args.model_type)
-        known = {*fields.to_dict(), *fields.attribute_map}
-        refuse_unknown_keys(list(overrides), known, f"config_overrides of a {args.model_type}")
+        names = {*fields.to_dict(), *fields.attribute_map}
+        refuse_unknown_keys(list(overrides), names, f"config_overrides of a {args.model_type}")
         ids = {"bos_token_id": corpus.tokenizer.bos_token_id, "eos_token_id": corpus.tokenizer.eos_token_id}
         sizes = {"vocab_size": vocab_size, "max_position_embeddings": window}
         config = AutoConfig.for_model(args.model_type, **ids, **(sizes | overrides))
         model = AutoModelForCausalLM.from_config(config)
         model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning, where a name does not tell
+    known = len(model.get_input_embeddings().weight)
+    if known < vocab_size:
+        way = "Give `tokenizer` the name of the model's own."
+        raise ValueError(
+            f"`{args.model_name_or_path or args.model_type}` knows {known:,} tokens, but the tokenizer has "
+            f"{vocab_size:,}. {way if args.model_name_or_path else 'Leave `vocab_size` out of `config_overrides`.'}"
+        )
     longest = getattr(model.config, "max_position_embeddings", window)
     if longest < window:
         raise ValueError(f"`window` is {window:,}, but the model reads {longest:,} tokens at most. Use a smaller one.")

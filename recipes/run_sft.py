@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     dataclasses = (SftArguments, FineTuningArguments, TopKastConfig, SFTConfig)
     sft_args, tuning, topkast_config, training_args = parse_arguments(argv, dataclasses)
     settle_fine_tuning(tuning, topkast_config, sft_args.sparse, sft_args.model_name_or_path)
-    checkpoint = find_checkpoint(training_args) if sft_args.resume else training_args.resume_from_checkpoint
+    checkpoint = find_checkpoint(training_args, sft_args.resume)
 
     tokenizer = load_tokenizer(sft_args.model_name_or_path)
     rows = load_rows(sft_args.dataset, sft_args.dataset_split, tokenizer)
@@ -91,6 +91,11 @@ def main(argv: list[str] | None = None) -> dict:
         return encode(row, tokenizer, training_args.max_length)
 
     texts = [tokens_of(row) for row in held_out]
+    if all(len(ids) < 2 for ids in texts):
+        raise ValueError(
+            f"The {len(texts):,} rows held out have no token after a first one, so no perplexity can be counted on "
+            "them. Raise `held_out` or `max_length`, or look at the last rows of the data set."
+        )
     model = load_dense(sft_args.model_name_or_path).to(training_args.device)
 
     def measure() -> dict[str, float]:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 logger = logging.get_logger("recipes.sources")
 
 SPLIT_NAMES = ("train", "valid", "test")
+NEWLINE = b"\n"
 
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = 100_000_000
@@ -89,11 +90,20 @@ def read_text(args: DataArguments) -> dict[str, bytes]:
     Any local file, `data_file`: the first 90% of it to train, then 5% to validate and 5% to test.
 
     Raises:
-        `ValueError`: If there is no `data_file`.
+        `ValueError`: If there is no `data_file`, or if its lines are too few or too long to make three splits of.
     """
     if args.data_file is None:
         raise ValueError("`dataset: text` needs `data_file`, the file to read.")
-    return _split_by_share(_read_zipped_or_raw(Path(args.data_file)))
+    data = _read_zipped_or_raw(Path(args.data_file))
+    splits = _split_by_share(data)
+    empty = [name for name, text in splits.items() if not text]
+    if empty:
+        raise ValueError(
+            f"`--data_file {args.data_file}` has {len(data):,} bytes and {data.count(NEWLINE):,} ends of lines (\\n). "
+            f"It is cut at these into 90%, 5% and 5%, which leaves nothing for the {empty[0]} split. Give more text, "
+            "or the same in shorter lines."
+        )
+    return splits
 
 
 def _download_enwik8() -> str:
@@ -121,7 +131,7 @@ def _load_wikitext103_from_hub() -> dict[str, bytes]:
 
 def _read_zipped_or_raw(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(f"`--data_file {path}` does not exist.")
+        raise ValueError(f"`--data_file {path}` " + ("is a folder." if path.is_dir() else "does not exist."))
     if not zipfile.is_zipfile(path):
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -133,7 +143,7 @@ def _read_zipped_or_raw(path: Path) -> bytes:
 
 def _split_by_share(data: bytes) -> dict[str, bytes]:
     """90%, 5% and 5%, cut at the ends of lines, so that no character is torn apart."""
-    ends = [data.rfind(b"\n", 0, len(data) * percent // 100) + 1 for percent in (90, 95)]
+    ends = [data.rfind(NEWLINE, 0, len(data) * percent // 100) + 1 for percent in (90, 95)]
     return _split_at(data, *ends)
 
 

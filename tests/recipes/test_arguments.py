@@ -101,13 +101,43 @@ def test_value_out_of_range_is_an_error_that_names_the_field(parse):
         parse("density: 1.5")
 
 
-@pytest.mark.parametrize(("text", "complaint"), [("- a\n- b", "is not a list of"), (None, "no configuration file")])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b"- a\n- b", "is not a list of"),
+        (b"1: 2", "is not a list of"),
+        ("window: 64".encode("utf-16"), "is not YAML in UTF-8"),
+        (None, "no configuration file"),
+    ],
+)
 def test_bad_configuration_file_is_an_error(text, complaint, tmp_path):
     path = tmp_path / "config.yaml"
     if text:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(ValueError, match=complaint):
         parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("dataset: wikitext", r"`dataset` is 'wikitext' in `.*yaml`: it must be one of \['enwik8', 'wikitext103'"),
+        ("window: 16.5", r"`window` is 16\.5 in .* a whole number"),
+        ("max_steps: true", r"`max_steps` is True in .* a whole number"),
+        ("config_overrides: [1]", r"`config_overrides` is \[1\]: give a mapping"),
+        ("max_train_bytes: -1", "`max_train_bytes` is -1: give a number from 1 on"),
+        ("max_eval_bytes: 0", "`max_eval_bytes` is 0: give a number from 1 on"),
+        ("sample_tokens: -1", "`sample_tokens` is -1: give a number from 0 on"),
+        ("sample_prompt_tokens: 0", "`sample_prompt_tokens` is 0: give a number from 1 on"),
+    ],
+)
+def test_values_that_a_field_cannot_have_are_errors_that_name_it(parse, setting, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        parse(setting)
+
+
+def test_null_is_a_value_where_there_is_a_choice(parse):
+    assert parse("density_schedule: null\nmax_eval_bytes: null")[3].density_schedule is None
 
 
 @pytest.mark.parametrize("field", ["tokenizer", "model_name_or_path", "teacher"])

@@ -64,6 +64,15 @@ def test_tokenizer_corpus(text_file, tokenizer_folder, tmp_path):
     assert corpus.start_token == corpus.tokenizer.eos_token_id
 
 
+def test_text_in_another_encoding_is_named_where_a_tokenizer_reads_it(tokenizer_folder, tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("café au lait\n".encode("latin-1") * 100)
+    settings = {"dataset": "text", "data_file": str(path), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=r"The train split of `.*latin.txt` is not UTF-8.*at byte 3\)"):
+        load_corpus(DataArguments(**settings, tokenizer=tokenizer_folder))
+    assert sum(split.num_bytes for split in load_corpus(DataArguments(**settings)).splits.values()) == 1300
+
+
 def test_cache_is_used_and_follows_text_and_tokenizer(text_file, tokenizer_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     settings = {"dataset": "text", "cache_dir": str(cache)}

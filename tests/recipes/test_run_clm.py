@@ -11,7 +11,7 @@ import run_clm
 import torch
 from arguments import ModelArguments
 from data import Corpus
-from run_clm import build_model, main
+from run_clm import build_model, find_checkpoint, main
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from vocabulary import byte_tokenizer
 from windows import EvaluationWindows
@@ -150,6 +150,17 @@ def test_resume_without_a_checkpoint_is_an_error(folder):
         run(folder, "empty", "--resume")
 
 
+@pytest.mark.parametrize("former", [True, False])
+def test_checkpoints_of_an_earlier_run_are_told_of(runs, folder, former, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(run_clm.logger, "warning", said.append)
+    args = TrainingArguments(output_dir=str(folder / "sparse" if former else tmp_path), use_cpu=True)
+    assert find_checkpoint(args, resume=False) is None
+    assert [f"checkpoint-{STEPS} is of an earlier one" in line for line in said] == [True] * former
+    args.resume_from_checkpoint = str(folder / "sparse" / "checkpoint-4")
+    assert find_checkpoint(args, resume=False) == args.resume_from_checkpoint and len(said) == former
+
+
 def test_printed_sample_and_final_line(folder, capsys):
     results = run(folder, "printed", "--max_steps", "1")
     printed = capsys.readouterr().out
@@ -225,6 +236,8 @@ def test_new_model_fits_vocabulary_and_window():
     assert (model.config.vocab_size, model.config.max_position_embeddings) == (256, 48)
     with pytest.raises(ValueError, match="`window` is 48, but the model reads 40"):
         build_model(ModelArguments(config_overrides=SIZES | {"max_position_embeddings": 40}), corpus, 48)
+    with pytest.raises(ValueError, match="`gpt2` knows 100 tokens, but the tokenizer has 256. Leave `vocab_size` out"):
+        build_model(ModelArguments(config_overrides=SIZES | {"vocab_size": 100}), corpus, 48)
 
 
 def test_dense_and_sparse_runs_start_from_the_same_weights(folder, monkeypatch):

@@ -201,6 +201,16 @@ def test_rows_that_cannot_be_read_are_errors(folder, monkeypatch):
         run(folder, "wrong", "--dataset", str(folder / "none.jsonl"))
     with pytest.raises(ValueError, match="`--dataset nobody/nothing` could not be loaded"):
         run(folder, "wrong", "--dataset", "nobody/nothing")
+    for row, message in (
+        ({"messages": [{"from": "user", "value": "hello"}]}, "has rows such as .*'from'.* with `role` and `content`"),
+        ({"text": 3}, "has rows such as .*3.* must be a string"),
+        ({"text": "a"}, "rows held out have no token after a first one"),
+        (None, "could not be loaded"),
+    ):
+        odd = folder / f"odd-{'empty' if row is None else hash(str(row))}.jsonl"
+        odd.write_text("" if row is None else f"{json.dumps(row)}\n" * 60)
+        with pytest.raises(ValueError, match=message):
+            run(folder, "wrong", "--dataset", str(odd))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         load_rows(str(folder / "chat.jsonl"), "train", tokenizer)

@@ -144,6 +144,21 @@ def test_text_without_a_file_is_an_error(tmp_path):
         read_text(DataArguments(dataset="text", data_file=str(tmp_path / "absent")))
 
 
+@pytest.mark.parametrize(
+    ("text", "split"), [(b"words " * 2000, "train"), (b"a line\r" * 500, "train"), (b"a\n" * 3, "valid")]
+)
+def test_text_without_enough_lines_is_an_error_that_says_so(text, split, tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(text)
+    count = text.count(b"\n")
+    with pytest.raises(
+        ValueError, match=rf"text` has .* and {count} ends of lines .* leaves nothing for the {split} split"
+    ):
+        read_text(DataArguments(dataset="text", data_file=str(path)))
+    with pytest.raises(ValueError, match="is a folder"):
+        read_text(DataArguments(dataset="text", data_file=str(tmp_path)))
+
+
 def test_no_recipe_module_hides_another_package():
     """The folder is first on the path of a launched script, so a `tokenizers.py` in it would break transformers."""
     names = {path.stem for path in Path(sources.__file__).parent.glob("*.py")}
