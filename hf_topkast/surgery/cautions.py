@@ -44,8 +44,8 @@ def check_here(name: str, tensors: Iterable[Tensor]):
     """
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(
-            f"The numbers of layer '{name}' are not here, but on the meta device. If accelerate has offloaded them, "
-            "accelerate.hooks.remove_hook_from_submodules(model) brings them back; else load or initialise them first."
+            f"Layer '{name}' is on the meta device and has no weights yet: load or initialise it first. If accelerate "
+            "has offloaded it, accelerate.hooks.remove_hook_from_submodules(model) brings its numbers back."
         )
 
 
