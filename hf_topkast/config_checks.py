@@ -183,6 +183,12 @@ def _check_block_size(config: "TopKastConfig"):
     allowed = "one or two whole numbers, at least 1: the rows and columns of a block"
     check(valid, "block_size", config.block_size, allowed)
     config.block_size = [int(size[0]), int(size[-1])]
+    scatter = config.scatter_blocks
+    check(isinstance(scatter, bool), "scatter_blocks", scatter, "True or False")
+    allowed = "left out unless blocks have several rows (block_size): it is those that it parts"
+    check(not scatter or config.block_size[0] > 1, "scatter_blocks", scatter, allowed)
+    allowed = "left out with split_fused=True: its blocks have rows of all parts of a projection"
+    check(not (scatter and config.split_fused), "scatter_blocks", scatter, allowed)
 
 
 def _check_module_rule(config: "TopKastConfig", name: str):

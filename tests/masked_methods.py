@@ -9,8 +9,8 @@ import hashlib
 import math
 
 import torch
+from scattered_blocks import OrderedProduct
 from torch import nn
-from torch.nn import functional
 from toy_models import loss_of
 from transformers.pytorch_utils import Conv1D
 
@@ -27,14 +27,14 @@ class Straight(torch.autograd.Function):
         return gradient, None
 
 
-class MethodLayer(nn.Module):
+class MethodLayer(OrderedProduct, nn.Module):
     """A dense layer with masks. What is trained is `phi`, (out, in); the weight is φ·|φ|^(α−1)."""
 
-    def __init__(self, dense: nn.Module, alpha: float):
+    def __init__(self, dense: nn.Module, config):
         super().__init__()
         weight = dense.weight.detach().clone()
-        weight = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
-        self.alpha = alpha
+        weight = self.order(config, weight.T if isinstance(dense, Conv1D) else weight)
+        self.alpha = alpha = config.powerprop_alpha
         self.phi = nn.Parameter(weight.sign() * weight.abs() ** (1 / alpha) if alpha != 1 else weight)
         self.bias = dense.bias
         self.active = torch.ones_like(self.phi, dtype=torch.bool)
@@ -45,7 +45,8 @@ class MethodLayer(nn.Module):
         return self.phi if self.alpha == 1 else self.phi * self.phi.abs() ** (self.alpha - 1)
 
     def forward(self, x):
-        return functional.linear(x, Straight.apply(self.weight(), self.active), self.bias)
+        y = self.product(x, Straight.apply(self.weight(), self.active))
+        return y if self.bias is None else y + self.bias
 
 
 class AgedAdam:
@@ -109,7 +110,7 @@ class MethodTraining:
         self.layers = {}
         for name in names:
             parent, _, leaf = name.rpartition(".")
-            layer = MethodLayer(model.get_submodule(name), config.powerprop_alpha)
+            layer = MethodLayer(model.get_submodule(name), config)
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers[name] = layer
         sparse = [layer.phi for layer in self.layers.values()]

@@ -8,8 +8,8 @@ whole weight.
 import math
 
 import torch
+from scattered_blocks import OrderedProduct
 from torch import nn
-from torch.nn import functional
 from toy_models import loss_of
 from transformers.pytorch_utils import Conv1D
 
@@ -26,20 +26,24 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-class MaskedLayer(nn.Module):
+class MaskedLayer(OrderedProduct, nn.Module):
     """A dense layer with masks; its `theta` is (out, in)."""
 
-    def __init__(self, dense: nn.Module):
+    def __init__(self, dense: nn.Module, config):
         super().__init__()
         weight = dense.weight.detach().clone()
-        self.theta = nn.Parameter(weight.T.contiguous() if isinstance(dense, Conv1D) else weight)
+        self.theta = nn.Parameter(self.order(config, weight.T if isinstance(dense, Conv1D) else weight))
         self.bias = dense.bias
         self.active = torch.ones_like(self.theta, dtype=torch.bool)
         self.backward_set = torch.ones_like(self.active)
 
+    def scores(self) -> torch.Tensor:
+        """What the weights are ranked by."""
+        return self.theta.detach()
+
     def norms(self, block_size: list[int]) -> torch.Tensor:
-        """L2 norms of the blocks."""
-        blocks = self.theta.detach().double().unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
+        """L2 norms of the scores of blocks."""
+        blocks = self.scores().double().unflatten(1, (-1, block_size[1])).unflatten(0, (-1, block_size[0]))
         return blocks.norm(dim=(1, 3)).to(self.theta.dtype)
 
     def hold(self, active: torch.Tensor, backward_set: torch.Tensor):
@@ -61,7 +65,8 @@ class MaskedLayer(nn.Module):
         self.hold(*torch.cat(chosen, dim=1))
 
     def forward(self, x):
-        return functional.linear(x, StraightThrough.apply(self.theta, self.active), self.bias)
+        y = self.product(x, StraightThrough.apply(self.theta, self.active))
+        return y if self.bias is None else y + self.bias
 
 
 class MaskedTraining:
@@ -90,7 +95,7 @@ class MaskedTraining:
         self.layers = {}
         for name in names:
             parent, _, leaf = name.rpartition(".")
-            layer = MaskedLayer(model.get_submodule(name))
+            layer = MaskedLayer(model.get_submodule(name), config)
             setattr(model.get_submodule(parent), leaf, layer)
             self.layers[name] = layer
         thetas = {id(layer.theta) for layer in self.layers.values()}

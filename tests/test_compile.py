@@ -64,13 +64,17 @@ def test_a_training_step_is_one_graph_across_refreshes(make_model, variant):
     assert same_weights(*models)
 
 
-def test_a_layer_that_keeps_its_walk_by_columns_is_one_graph_across_refreshes():
+@pytest.mark.parametrize("scatter", [False, True])
+def test_a_layer_that_keeps_its_walk_by_columns_is_one_graph_across_refreshes(scatter):
     model = torch.nn.Sequential(torch.nn.Linear(96, 64))
-    sparsify(model, density=0.3, backward_density=0.5, refresh_every=1, block_size=16, target_modules=["0"])
+    blocks = {"block_size": 16, "scatter_blocks": scatter}
+    sparsify(model, density=0.3, backward_density=0.5, refresh_every=1, target_modules=["0"], **blocks)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     controller, compiled = TopKastController(model, optimizer), torch.compile(model, backend=BACKEND, fullgraph=True)
     for _ in range(3):
-        (compiled(torch.randn(8, 96)) - 1).square().sum().backward()
+        x = torch.randn(8, 96)
+        torch.testing.assert_close(compiled(x).detach(), model(x).detach())
+        (compiled(x) - 1).square().sum().backward()
         optimizer.step()
     assert controller.mask_churn > 0 and model[0].pattern.column_walk is not None
     assert compiled_graphs() == 1

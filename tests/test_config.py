@@ -76,6 +76,8 @@ def test_settings_for_finetuning():
         ("block_size", [4, 1, 1]),
         ("block_size", "2:4"),
         ("block_size", [2.5, 1]),
+        ("scatter_blocks", 1),
+        ("scatter_blocks", True),  # without blocks
         ("initial_density", 0.0),
         ("initial_density", 1.1),
         ("initial_density", "nonzero"),

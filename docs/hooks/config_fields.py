@@ -32,7 +32,7 @@ GROUPS = {
         "powerprop_alpha",
     ),
     "Layers": ("target_modules", "exclude_modules"),
-    "Storage and products": ("block_size", "reservoir_device", "backend"),
+    "Storage and products": ("block_size", "scatter_blocks", "reservoir_device", "backend"),
 }
 
 

@@ -24,6 +24,7 @@ from ..storage import (
     mixture,
     pack_bits,
     part_of,
+    row_stride,
     shard_like,
 )
 from ..surgery import check_here, sparse_info, sparse_layers
@@ -83,13 +84,13 @@ def split_state_dict(
                 "has failed. Nothing is written. Save between two optimizer steps, or try again."
             )
         structure = (own[key] for key in STRUCTURE)
-        problem = mixture(*structure, own.get("sets_digest"), layer.matrix_shape, layer.block_size)
+        problem = mixture(*structure, own.get("sets_digest"), layer.matrix_shape, layer.block_size, layer.row_stride)
         if problem:
             raise CheckpointError(f"Layer '{name}': {problem}")
         pattern = Pattern(*(own[key] for key in STRUCTURE), layer.matrix_shape, layer.block_size)
         active = pattern.active_mask()
         alpha = expand_active(own["values"], pattern)
-        weight = layer.to_stock(alpha)
+        weight = layer.from_grid(alpha)
         for place in places[layer]:  # a layer that stands in several, as the dense one it replaced did
             stock[layer.stock_name(place)] = weight
             for key in (*LAYER_TENSORS, *OPTIONAL_TENSORS):
@@ -190,7 +191,10 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
                 f"{directory} has sets of {state.config.block_size} blocks, and layer '{name}' of the model has "
                 f"{list(layer.block_size)}. Sparsify the model with the block_size of the checkpoint."
             )
+        rows = layer.matrix_shape[0] // layer.matrices
+        stride = row_stride(rows, layer.block_size[0], state.config.scatter_blocks)
         for setting, mine, theirs in (
+            ("scatter_blocks", layer.row_stride, stride),
             ("score", layer.input_norms is not None, state.config.score == "activation"),
             ("method", layer.reservoir_device != NOWHERE, get_method(state.config.method).keeps_values),
         ):
@@ -212,9 +216,9 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> SparseSta
                 weights.setdefault(name, weights.pop(other))
     _check_weights(weights, own, dense, directory)
     for name, layer in layers.items():  # all before the first change, so that an error leaves the model as it was
-        restore_theta(layer.to_rows(weights[layer.stock_name(name)]), state, name, exact=True)
+        restore_theta(layer.to_grid(weights[layer.stock_name(name)]), state, name, exact=True)
     for name, layer in layers.items():
-        alpha = layer.to_rows(weights.pop(layer.stock_name(name)))
+        alpha = layer.to_grid(weights.pop(layer.stock_name(name)))
         restore_layer(layer, restore_theta(alpha, state, name), state, name)
     weights = {key: shard_like(t, own[key]) if is_sharded(own[key]) else t for key, t in weights.items()}
     model.load_state_dict(weights, strict=False)

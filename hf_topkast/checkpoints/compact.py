@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..layers import ExpertStack, layer_named, sparse_type
+from ..storage import from_grid, row_stride
 from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparse_layers
 from .state_file import SparseState
 
@@ -25,7 +26,7 @@ def compact_state(model: nn.Module, stock: dict[str, Tensor], state: SparseState
         key = layer.stock_name(name)
         alpha = stock[key]
         tensors[f"{name}.active"] = state.tensors[f"{name}.active"]
-        tensors[f"{name}.values"] = layer.to_rows(alpha)[state.masks(name)[0]]
+        tensors[f"{name}.values"] = layer.to_grid(alpha)[state.masks(name)[0]]
         # Of experts in three dimensions, which survive being split and transposed on the way to their names on disk.
         stock[key] = alpha.new_empty((len(alpha), 0, 0) if alpha.ndim == 3 else 0)
     return SparseState(tensors, state.config, state.shapes, {}, state.step, compact=True, experts=state.experts)
@@ -62,6 +63,9 @@ def fill_compact(model: nn.Module, state: SparseState, places: dict[str, str]):
         active = state.masks(name)[0].to(empty.weight.device)
         values = state.tensors[f"{name}.values"].to(empty.weight)
         alpha = empty.weight.new_zeros(active.shape).masked_scatter_(active, values)
+        experts = state.experts.get(name, 1)
+        stride = row_stride(len(alpha) // experts, state.config.block_size[0], state.config.scatter_blocks)
+        alpha = from_grid(alpha, stride, experts)
         if isinstance(empty, ExpertStack):
             empty.fill(alpha)
             replace_module(model, empty, make_sparse(empty, active, active, state.config))

@@ -23,7 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import CONFIG_NAME, cached_file, is_peft_available, logging
 
 from ..config import QUANT_METHOD, TopKastConfig
-from ..layers import layer_named, sparse_type, weight_rows
+from ..layers import layer_named, sparse_type, weight_grid
 from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparsify
 from .checkpoint import restore_layer, restore_theta
 from .compact import expect_compact, fill_compact
@@ -115,10 +115,10 @@ def rebuild(model: nn.Module, state: SparseState, places: dict[str, str]):
         CheckpointError: if the state is not that of the loaded weights. The model is unchanged then.
     """
     for name, place in places.items():  # all before the first swap, so that an error leaves the model as it was
-        restore_theta(weight_rows(layer_named(model, place)), state, name)
+        restore_theta(weight_grid(layer_named(model, place), state.config), state, name)
     for name, place in places.items():
         dense = layer_named(model, place)
-        theta = restore_theta(weight_rows(dense), state, name)
+        theta = restore_theta(weight_grid(dense, state.config), state, name)
         active, backward = (mask.to(theta.device) for mask in state.masks(name))
         layer = make_sparse(dense, active, backward, state.config)
         restore_layer(layer, theta, state, name)

@@ -43,7 +43,8 @@ class SparseState:
             `.input_norms`, of experts (experts, in). In a compact export only `.active` and
             `.values` (α on A, in that order).
         config ([`TopKastConfig`]): the configuration of the run.
-        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, of experts (experts · out, in).
+        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, of experts (experts · out, in). With scattered
+            blocks the rows are in the order of the grid, see [`to_grid`].
         digests (`dict[str, dict[str, str]]`): of each layer's weights on A, which `model.safetensors` holds, by the
             dtype that they are loaded in; empty in an export.
         step (`int`): optimizer steps taken.

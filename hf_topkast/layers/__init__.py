@@ -15,7 +15,7 @@ from .experts import (
     topkast_experts_forward,
 )
 from .grouped import GroupedLinear, TopKastGroupedLinear
-from .linear import SPARSE_TYPES, TopKastConv1D, TopKastLinear, sparse_type, weight_rows
+from .linear import SPARSE_TYPES, TopKastConv1D, TopKastLinear, shape_of, sparse_type, weight_grid
 
 
 __all__ = [
@@ -32,7 +32,8 @@ __all__ = [
     "layer_named",
     "put_layer",
     "put_parameter",
+    "shape_of",
     "sparse_type",
     "topkast_experts_forward",
-    "weight_rows",
+    "weight_grid",
 ]

@@ -5,7 +5,17 @@ from torch import Tensor, nn
 
 from ..ops import composite, masked_linear, prepare_one_token, runs_one_token, select_backend
 from ..ops.reference import expand_active
-from ..storage import InputSquares, Pattern, SparseStorage, full, local, sum_over_ranks, unpack_bits
+from ..ops.reordering import reorder
+from ..storage import (
+    InputSquares,
+    Pattern,
+    SparseStorage,
+    full,
+    inverse,
+    local,
+    sum_over_ranks,
+    unpack_bits,
+)
 from .readonly import ReadOnlyTensor
 
 
@@ -29,9 +39,10 @@ class TopKastLayer(SparseStorage):
         backend: str,
         reservoir_device: str,
         block_size: tuple[int, int],
+        scatter_blocks: bool,
     ):
         """Takes over weights, bias and mode of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
-        self._store(dense, active, backward, reservoir_device, block_size)
+        self._store(dense, active, backward, reservoir_device, block_size, scatter_blocks)
         self.backend = select_backend(backend)
         self._one_token = None
         self.gradient_watch = self.input_watch = None
@@ -45,7 +56,13 @@ class TopKastLayer(SparseStorage):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
-        if runs_one_token(x, self._features()[0], self.backend):
+        in_features, out_features = self._features()
+        if self.row_stride != 1:
+            bias = None if self.bias is None else reorder(self.bias, self.row_stride)
+            y = masked_linear(x, self._trained(self.values), self.pattern, bias, self.backend)
+            self._show(x, y)
+            return reorder(y, inverse(self.row_stride, out_features))
+        if runs_one_token(x, in_features, self.backend):
             self.check_sets()
             product = self._one_token
             if product is None or not product.fits(self._parameters, self._buffers):
@@ -87,7 +104,7 @@ class TopKastLayer(SparseStorage):
         that of the product does, for models that multiply by it themselves; setting its `requires_grad` sets theirs.
         """
         expand = composite.expand_active if composite.is_needed() else _Alpha.apply
-        alpha = self.to_stock(expand(self._trained(full(self.values)), self.pattern)).as_subclass(ReadOnlyTensor)
+        alpha = self.from_grid(expand(self._trained(full(self.values)), self.pattern)).as_subclass(ReadOnlyTensor)
         alpha.source = self.values
         return alpha
 
@@ -105,12 +122,12 @@ class TopKastLayer(SparseStorage):
     @property
     def active_mask(self) -> Tensor:
         """A as a dense bool mask in the stock layout."""
-        return self.to_stock(self.pattern.active_mask())
+        return self.from_grid(self.pattern.active_mask())
 
     @property
     def backward_mask(self) -> Tensor:
         """B as a dense bool mask in the stock layout."""
-        return self.to_stock(self.pattern.backward_mask())
+        return self.from_grid(self.pattern.backward_mask())
 
     @property
     def reservoir_use(self) -> float:
@@ -124,7 +141,7 @@ class TopKastLayer(SparseStorage):
 
     def dense_weight(self) -> Tensor:
         """θ, the full weight with its reservoir, dense, in the stock layout: a copy."""
-        return self.to_stock(self.theta())
+        return self.from_grid(self.theta())
 
     def reset_parameters(self):
         """Refuses what `nn.Linear` does: an initialisation would write to a copy of the dense weight, and be lost."""
@@ -136,9 +153,13 @@ class TopKastLayer(SparseStorage):
         density = "on the meta device" if self.values.is_meta else f"{self.density:.4g}"
         return (
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}, "
-            f"density={density}, backward_density={self.backward_density:.4g}"
-            + (f", block_size={self.block_size}" if self.block_size != (1, 1) else "")
+            f"density={density}, backward_density={self.backward_density:.4g}" + self._blocks_repr()
         )
+
+    def _blocks_repr(self) -> str:
+        if self.block_size == (1, 1):
+            return ""
+        return f", block_size={self.block_size}" + (", scattered" if self.row_stride != 1 else "")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

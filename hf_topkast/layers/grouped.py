@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..ops import prepare_one_token
 from ..ops.grouped import grouped_linear
-from ..storage import ExpertSquares
+from ..ops.reordering import reorder
+from ..storage import ExpertSquares, inverse
 from .base import TopKastLayer
 from .stacked import GroupedProduct
 
@@ -30,6 +31,8 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
         block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block; the sets hold
             whole blocks.
+        scatter_blocks (`bool`, *optional*, defaults to `False`): whether the rows of a block lie far apart in the
+            layer; the rows of the sets are in the order of their grid then, see [`to_grid`].
 
     Attributes:
         experts (`int`): how many there are.
@@ -45,11 +48,12 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         backend: str = "auto",
         reservoir_device: str = "same",
         block_size: tuple[int, int] = (1, 1),
+        scatter_blocks: bool = False,
     ):
         nn.Module.__init__(self)
         self.stores_transposed, self.halves = dense.stores_transposed, dense.halves
         self.experts, self.out_features, self.in_features = dense.experts, dense.out_features, dense.in_features
-        self._build(dense, active, backward, backend, reservoir_device, block_size)
+        self._build(dense, active, backward, backend, reservoir_device, block_size, scatter_blocks)
 
     @property
     def matrices(self) -> int:
@@ -77,16 +81,18 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         Returns:
             `torch.Tensor`: (rows, out).
         """
+        bias = None if bias is None else reorder(bias, self.row_stride)
         y = grouped_linear(x, ends, self._trained(self.values), self.pattern, bias, self.backend)
         self._show(x, y, ends)
-        return y
+        return reorder(y, inverse(self.row_stride, self.out_features))
 
     def for_one_token(self) -> "ExpertsOfOneToken | None":
         """
         The products of one token where [`runs_one_token`] finds one, or `None` if they are not for the type or place
-        of the weights, or if somebody has to see the layer being called.
+        of the weights or for scattered blocks, or if somebody has to see the layer being called.
         """
-        if self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self):
+        seen = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
+        if seen or self.row_stride != 1:
             return None
         self.check_sets()
         product = self._one_token
@@ -107,8 +113,7 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
         density = "on the meta device" if self.values.is_meta else f"{self.density:.4g}"
         return (
             f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"density={density}, backward_density={self.backward_density:.4g}"
-            + (f", block_size={self.block_size}" if self.block_size != (1, 1) else "")
+            f"density={density}, backward_density={self.backward_density:.4g}" + self._blocks_repr()
         )
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import TopKastConfig
+from ..storage import row_stride, to_grid
 from .base import TopKastLayer
 from .experts import ExpertStack
 from .grouped import TopKastGroupedLinear
@@ -21,6 +23,8 @@ class TopKastLinear(TopKastLayer, nn.Linear):
         reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
         block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block; the sets hold
             whole blocks.
+        scatter_blocks (`bool`, *optional*, defaults to `False`): whether the rows of a block lie far apart in the
+            layer; the rows of the sets are in the order of their grid then, see [`to_grid`].
     """
 
     def __init__(
@@ -31,10 +35,11 @@ class TopKastLinear(TopKastLayer, nn.Linear):
         backend: str = "auto",
         reservoir_device: str = "same",
         block_size: tuple[int, int] = (1, 1),
+        scatter_blocks: bool = False,
     ):
         nn.Module.__init__(self)  # not nn.Linear's: that would allocate the dense weight
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        self._build(dense, active, backward, backend, reservoir_device, block_size)
+        self._build(dense, active, backward, backend, reservoir_device, block_size, scatter_blocks)
 
     def _features(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -57,6 +62,8 @@ class TopKastConv1D(TopKastLayer, Conv1D):
         reservoir_device (`str`, *optional*, defaults to `"same"`): where θ outside B rests.
         block_size (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): (rows, columns) of a block; the sets hold
             whole blocks.
+        scatter_blocks (`bool`, *optional*, defaults to `False`): whether the rows of a block lie far apart in the
+            layer; the rows of the sets are in the order of their grid then, see [`to_grid`].
     """
 
     stores_transposed = True
@@ -69,10 +76,11 @@ class TopKastConv1D(TopKastLayer, Conv1D):
         backend: str = "auto",
         reservoir_device: str = "same",
         block_size: tuple[int, int] = (1, 1),
+        scatter_blocks: bool = False,
     ):
         nn.Module.__init__(self)  # not Conv1D's: that would allocate the dense weight
         self.nx, self.nf = dense.nx, dense.nf
-        self._build(dense, active, backward, backend, reservoir_device, block_size)
+        self._build(dense, active, backward, backend, reservoir_device, block_size, scatter_blocks)
 
     def _features(self) -> tuple[int, int]:
         return self.nx, self.nf
@@ -124,7 +132,20 @@ def _computes_as_linear(module: nn.Linear) -> bool:
     return torch.is_tensor(output) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)
 
 
-def weight_rows(dense: nn.Module | ExpertStack) -> Tensor:
-    """The weight of a convertible layer as (out, in), whatever its stock layout; detached."""
+def shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:
+    """(out, in) of a convertible layer, of experts (experts · out, in)."""
+    if isinstance(dense, ExpertStack):
+        return dense.matrix_shape
+    shape = tuple(dense.weight.shape)
+    return shape[::-1] if sparse_type(dense).stores_transposed else shape
+
+
+def weight_grid(dense: nn.Module | ExpertStack, config: TopKastConfig) -> Tensor:
+    """
+    The weight of a convertible layer, (out, in) whatever its stock layout, as the sparse one is going to keep it;
+    detached.
+    """
     layout = dense if isinstance(dense, ExpertStack) else sparse_type(dense)
-    return layout.to_rows(dense.weight.detach())
+    rows, matrices = layout.to_rows(dense.weight.detach()), getattr(dense, "experts", 1)
+    stride = row_stride(rows.shape[0] // matrices, config.block_size[0], config.scatter_blocks)
+    return to_grid(rows, stride, matrices)

@@ -32,6 +32,7 @@ from .pattern import (
 )
 from .reservoir import NOWHERE, Arriving, assemble_theta
 from .resharding import find_handles
+from .scattering import from_grid, inverse, reordered, row_stride, to_grid
 from .set_watch import mixture
 from .state_dict import STRUCTURE, dense_state
 from .store import LIVING, TRACKING, SparseStorage
@@ -56,7 +57,9 @@ __all__ = [
     "check_agreement",
     "dense_state",
     "find_handles",
+    "from_grid",
     "full",
+    "inverse",
     "is_sharded",
     "local",
     "mixture",
@@ -65,12 +68,15 @@ __all__ = [
     "part_of",
     "prefix_here",
     "raise_together",
+    "reordered",
+    "row_stride",
     "scored",
     "set_digest",
     "set_sizes",
     "shard_like",
     "spread_blocks",
     "sum_over_ranks",
+    "to_grid",
     "unpack_bits",
     "unpack_part",
     "world_size",

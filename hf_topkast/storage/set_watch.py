@@ -33,12 +33,12 @@ class SetWatch(nn.Module):
     _writes = 0
 
     def _begin_watch(self, pattern: Pattern):
-        self.sets_digest = encode(digest_of(pattern))
+        self.sets_digest = encode(digest_of(pattern, self.row_stride))
         self._watch()
 
     def _note_digest(self, pattern: Pattern):
         """The values have just been given these sets."""
-        self.sets_digest.copy_(encode(digest_of(pattern)))
+        self.sets_digest.copy_(encode(digest_of(pattern, self.row_stride)))
         self._watch()
 
     def _watch(self):
@@ -70,9 +70,8 @@ class SetWatch(nn.Module):
         if row_offsets.is_meta or columns.is_meta:
             return
         sound = int(row_offsets[-1]) == columns.numel() and bool((row_offsets.diff() >= 0).all())
-        digest = (
-            encode(digest_of(Pattern(row_offsets, columns, self.matrix_shape, self.block_size))) if sound else None
-        )
+        pattern = Pattern(row_offsets, columns, self.matrix_shape, self.block_size)
+        digest = encode(digest_of(pattern, self.row_stride)) if sound else None
         if digest is None or not _equal(digest, self.sets_digest):  # who writes a whole state has written it, too
             raise RuntimeError(
                 f"The sets of a sparse layer of {self.matrix_shape[0]}×{self.matrix_shape[1]} were written over from "
@@ -81,10 +80,11 @@ class SetWatch(nn.Module):
         self._writes = writes
 
 
-def digest_of(pattern: Pattern) -> int:
-    """A number that tells the sets of a pattern apart, see [`set_digest`]."""
+def digest_of(pattern: Pattern, row_stride: int = 1) -> int:
+    """A number that tells the sets of a pattern apart, see [`set_digest`], and those of grids in other orders."""
     row_offsets = pattern.row_offsets.to(pattern.columns.device)  # a load may be half done
-    return int(set_digest(pattern._replace(row_offsets=row_offsets)))
+    digest = int(set_digest(pattern._replace(row_offsets=row_offsets)))
+    return digest if row_stride == 1 else digest ^ row_stride
 
 
 def encode(digest: int) -> Tensor:
@@ -99,6 +99,7 @@ def mixture(
     saved: Tensor | None,
     shape: tuple[int, int],
     block_size: tuple[int, int],
+    row_stride: int,
 ) -> str | None:
     """
     Says what shows that a layer's saved state was computed from several, so that its values belong to other sets.
@@ -108,6 +109,7 @@ def mixture(
         saved (`torch.Tensor`, *optional*): the saved `sets_digest`, which may have been rounded to another dtype.
         shape (`tuple[int, int]`): (out, in) of the layer.
         block_size (`tuple[int, int]`): (rows, columns) of its blocks.
+        row_stride (`int`): the order of the rows of their grid.
 
     Returns:
         `str`, *optional*: the end of a sentence; `None` if nothing shows it, or if a part is missing or elsewhere.
@@ -121,9 +123,12 @@ def mixture(
         return None
     if row_offsets.numel() != 2 * (shape[0] // block_size[0]) + 1 or int(row_offsets[-1]) != columns.numel():
         return None  # no sets of this layer, which is said in other words
-    if _equal(encode(digest_of(Pattern(row_offsets, columns, shape, block_size))), saved):
+    if _equal(encode(digest_of(Pattern(row_offsets, columns, shape, block_size), row_stride)), saved):
         return None
-    return f"the state's sets are not those that its values had: an average of states, it seems. {WAY_OUT}"
+    return (
+        "the state's sets are not those that its values had: an average of states, it seems, or a layer with another "
+        f"scatter_blocks. {WAY_OUT}"
+    )
 
 
 def _equal(digest: Tensor, saved: Tensor) -> bool:

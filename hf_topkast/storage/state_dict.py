@@ -45,7 +45,7 @@ class StoredState(nn.Module):
         saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
         problem = (
             self._other_layer(state_dict, prefix)
-            or mixture(*saved, self.matrix_shape, self.block_size)
+            or mixture(*saved, self.matrix_shape, self.block_size, self.row_stride)
             or self._fit_storage(state_dict, prefix)
         )
         if problem:

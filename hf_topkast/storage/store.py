@@ -17,6 +17,7 @@ from .parts import Part, parts_of
 from .pattern import Pattern, blocks_of, pack_bits, take_slots
 from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
 from .resharding import reshard
+from .scattering import from_grid, row_stride, to_grid
 from .set_watch import SetWatch
 from .state_dict import STRUCTURE, StoredState
 
@@ -31,7 +32,8 @@ TRACKING = ("unvisited", "initial_reservoir_size")
 
 class SparseStorage(StoredState, ColumnWalk, SetWatch):
     """
-    What all sparse layers store. Inside, every weight is (out, in); the stock layout is that of the replaced layer.
+    What all sparse layers store. Inside, every weight is (out, in), its rows in the order of the grid of blocks; the
+    stock layout is that of the replaced layer.
 
     Attributes:
         values (`torch.nn.Parameter`): θ on B, (|B|,), in the slot order of `pattern`, A before B\\A; one object for
@@ -48,6 +50,7 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         assignments (`int`): counts up when the slots begin to get other weights, and again when they have them: a
             controller sees what it did not do itself, and a thread that saves whether it read one state or two.
         matrices (`int`): how many there are, one below the other: as many as experts, else one.
+        row_stride (`int`): the order of the rows of each matrix in the grid; 1 unless blocks are scattered.
     """
 
     stores_transposed = False
@@ -60,10 +63,12 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         backward: Tensor,
         reservoir_device: str,
         block_size: tuple[int, int],
+        scatter_blocks: bool,
     ):
         """Takes over the weights of `dense`; `active` and `backward` are bool masks of shape (out, in)."""
-        theta = self.to_rows(dense.weight.detach())
         self.reservoir_device, self.block_size = reservoir_device, tuple(block_size)
+        self.row_stride = row_stride(self.matrix_shape[0] // self.matrices, self.block_size[0], scatter_blocks)
+        theta = self.to_grid(dense.weight.detach())
         self.assignments = 0
         self._handles: dict[str, Any] = {}
         self._counted = None
@@ -258,12 +263,20 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         """The name in a dense model's state dict of the weight of the layer of this name."""
         return f"{name}.weight"
 
+    def to_grid(self, stock: Tensor) -> Tensor:
+        """A weight from the stock layout to that in which the layer keeps it."""
+        return to_grid(self.to_rows(stock), self.row_stride, self.matrices)
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """A weight from the layout in which the layer keeps it to the stock layout."""
+        return self.to_stock(from_grid(grid, self.row_stride, self.matrices))
+
     @classmethod
     def to_rows(cls, stock: Tensor) -> Tensor:
-        """A weight from the stock layout to (out, in)."""
+        """A weight from the stock layout to (out, in), in the features' own order."""
         return stock.T.contiguous() if cls.stores_transposed else stock
 
     @classmethod
     def to_stock(cls, rows: Tensor) -> Tensor:
-        """A weight from (out, in) to the stock layout."""
+        """A weight from (out, in), in the features' own order, to the stock layout."""
         return rows.T.contiguous() if cls.stores_transposed else rows

@@ -7,7 +7,7 @@ from . import resizing as resizing  # refuses it where the head is sparse
 from .cautions import check_here
 from .counts import SparsityCounts, count_sparsity
 from .info import SparseInfo, keep_buffers_from_ddp, mark_sparse, sparse_info, sparse_layers, sparse_root
-from .replace import densify, make_sparse, replace_module, sparsify, weight_rows
+from .replace import densify, make_sparse, replace_module, sparsify
 
 
 __all__ = [
@@ -24,5 +24,4 @@ __all__ = [
     "sparse_layers",
     "sparse_root",
     "sparsify",
-    "weight_rows",
 ]

@@ -21,6 +21,7 @@ OWN = {
     "nf",
     "backend",
     "block_size",
+    "row_stride",
     "reservoir",
     "reservoir_device",
     "gradient_watch",

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..layers import weight_rows
+from ..layers import weight_grid
 from ..sets import SetPlan
 from ..storage import pack_bits, scored
 
@@ -25,7 +25,7 @@ def first_sets(plan: SetPlan, targets: dict[str, nn.Module], norms: dict[str, Te
 
     @lru_cache(maxsize=1)  # the matrices of a layer are read one after another
     def stacked(name: str) -> Tensor:
-        return weight_rows(targets[name])
+        return weight_grid(targets[name], plan.config)
 
     def weight(name: str, place: int) -> Tensor:
         return stacked(name).chunk(plan.experts[name])[place]

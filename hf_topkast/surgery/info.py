@@ -13,7 +13,7 @@ from ..layers import TopKastLayer
 
 # What the layers of a model were made with.
 OF_THE_LAYERS = (
-    *("block_size", "split_fused", "target_modules", "exclude_modules"),
+    *("block_size", "scatter_blocks", "split_fused", "target_modules", "exclude_modules"),
     *("reservoir_device", "backend", "powerprop_alpha", "score"),
 )
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"

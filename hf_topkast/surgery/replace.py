@@ -14,8 +14,9 @@ from ..layers import (
     TopKastLayer,
     put_layer,
     put_parameter,
+    shape_of,
     sparse_type,
-    weight_rows,
+    weight_grid,
 )
 from ..method import get_method
 from ..ops import select_backend
@@ -97,7 +98,7 @@ def sparsify(
     select_backend(config.backend)
     targets = find_targets(model, config)
     _check_targets(targets, config)  # all before the first swap, so that an error leaves the model as it was
-    plan = SetPlan(model, {name: _shape_of(dense) for name, dense in targets.items()}, config)
+    plan = SetPlan(model, {name: shape_of(dense) for name, dense in targets.items()}, config)
     if correct:
         calibration = [calibration] if isinstance(calibration, Mapping | Tensor) else list(calibration)
     norms = {} if calibration is None else input_norms(model, targets, calibration)
@@ -105,7 +106,7 @@ def sparsify(
 
     def swap(name: str, gram: Tensor | None = None) -> None:
         dense = targets.pop(name)  # so that each dense weight is freed before the next layer is made
-        theta = weight_rows(dense)
+        theta = weight_grid(dense, config)
         active, backward = (unpack_bits(bits, theta.numel()).view(theta.shape) for bits in chosen.pop(name))
         warn_of_lost_hooks(name, dense.weight)
         layer = make_sparse(dense, active, backward, config)
@@ -160,9 +161,9 @@ def densify(model: Model) -> Model:
 
 
 def make_sparse(dense: nn.Module, active: Tensor, backward: Tensor, config: TopKastConfig) -> TopKastLayer:
-    """The sparse layer in the place of a convertible one; `active` and `backward` are bool, (out, in)."""
+    """The sparse layer in the place of a convertible one; the masks are bool, (out, in), as its grid has them."""
     place = config.reservoir_device if get_method(config.method).keeps_values else NOWHERE
-    settings = config.backend, place, tuple(config.block_size)
+    settings = config.backend, place, tuple(config.block_size), config.scatter_blocks
     layer = sparse_type(dense)(dense, active, backward, *settings)  # type: ignore[misc]
     layer.powerprop_alpha = config.powerprop_alpha
     return layer
@@ -230,11 +231,7 @@ def _check_targets(targets: dict[str, nn.Module | ExpertStack], config: TopKastC
         if isinstance(dense, ExpertStack):
             check_blocks(name, (dense.out_features, dense.in_features), config.block_size, dense.experts)
         else:
-            check_blocks(name, weight_rows(dense).shape, config.block_size)
-
-
-def _shape_of(dense: nn.Module | ExpertStack) -> tuple[int, int]:
-    return dense.matrix_shape if isinstance(dense, ExpertStack) else tuple(weight_rows(dense).shape)
+            check_blocks(name, shape_of(dense), config.block_size)
 
 
 def _corrected(name: str, theta: Tensor, active: Tensor, gram: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..storage import Matrix, Moment, blocks_of, pack_part, raise_together, unpa
 # What the sets depend on beside the weights, the step and the schedules.
 CHOOSING_SETTINGS = (
     *("method", "density", "backward_density", "initial_density"),
-    *("distribution", "density_overrides", "split_fused", "block_size"),
+    *("distribution", "density_overrides", "split_fused", "block_size", "scatter_blocks"),
     *("score", "compare"),
     *("drop_share", "drop_end", "drop_decay", "update_until", "seed"),
 )

@@ -121,7 +121,10 @@ def layer_pairs(model: nn.Module, other: nn.Module) -> Iterator[tuple[TopKastLay
         ValueError: if the models have other layers; the message names one.
     """
     first, second = list(sparse_layers(model)), list(sparse_layers(other))
-    outlines = [[(name, layer.matrix_shape, layer.block_size) for name, layer in layers] for layers in (first, second)]
+    outlines = [
+        [(name, layer.matrix_shape, layer.block_size, layer.row_stride) for name, layer in layers]
+        for layers in (first, second)
+    ]
     if outlines[0] != outlines[1]:
         odd = [*sorted(set(outlines[0]) ^ set(outlines[1]), key=str), *outlines[1]][0]
         raise ValueError(

@@ -108,7 +108,10 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor, TopKastLayer | Non
 def _check_alike(first: nn.Module, model: nn.Module, place: int) -> None:
     outlines = []
     for one in (first, model):
-        layers = {n: (type(layer).__name__, layer.matrix_shape, layer.block_size) for n, layer in sparse_layers(one)}
+        layers = {
+            name: (type(layer).__name__, layer.matrix_shape, layer.block_size, layer.row_stride)
+            for name, layer in sparse_layers(one)
+        }
         normed = {f"{n}.input_norms": "there" for n, layer in sparse_layers(one) if layer.input_norms is not None}
         dense = {name: tuple(tensor.shape) for name, tensor in _dense_tensors(one).items()}
         outlines.append({**layers, **normed, **dense})
@@ -117,8 +120,8 @@ def _check_alike(first: nn.Module, model: nn.Module, place: int) -> None:
         if mine != theirs:
             raise ValueError(
                 f"average_models: model {place} is not like the first: '{key}' is {theirs} in it and {mine} in the "
-                "first (type, (out, in), block size; or shape). Only models of one architecture that were made sparse "
-                "with the same target_modules, block_size and score can be averaged."
+                "first (type, (out, in), block size, order of blocks; or shape). Only models of one architecture that "
+                "were made sparse with the same target_modules, block_size, scatter_blocks and score can be averaged."
             )
 
 

@@ -175,5 +175,7 @@ def test_other_dense_weights(directory, change, match):
 def test_other_blocks(tmp_path):
     trained(make_gpt2, block_size=(4, 2)).save_pretrained(tmp_path)
     check_refused(tmp_path, r"blocks.*block_size of the checkpoint", sparsify(make_gpt2(seed=1), density=0.2))
+    scattered = sparsify(make_gpt2(seed=1), density=0.2, block_size=(4, 2), scatter_blocks=True)
+    check_refused(tmp_path, "scatter_blocks=False, and layer .* another scatter_blocks", scattered)
     other = sparsify(make_gpt2(seed=1), density=0.2, block_size=(4, 2))
     load_checkpoint(other, tmp_path)

@@ -24,7 +24,11 @@ def said(monkeypatch) -> list[str]:
     return warnings
 
 
-@pytest.mark.parametrize("settings", [{"explore_until": 100}, {"block_size": (4, 2)}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"explore_until": 100}, {"block_size": (4, 2)}, {"block_size": (4, 2), "scatter_blocks": True}],
+    ids=str,
+)
 def test_from_pretrained_gives_the_sparse_model_back(make_model, settings, tmp_path):
     model, tokens = trained(make_model, **settings), token_batches(1)[0]
     model.save_pretrained(tmp_path)
@@ -290,6 +294,16 @@ def test_export_in_another_dtype_sharded_and_of_the_base_model(tmp_path):
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     base = AutoModel.from_pretrained(tmp_path / "all")
     assert torch.equal(base(tokens).last_hidden_state, model.base_model(tokens).last_hidden_state)
+
+
+def test_an_export_of_scattered_blocks_is_exact(make_model, tmp_path):
+    model, tokens = trained(make_model, block_size=4, scatter_blocks=True), token_batches(1)[0]
+    export_sparse(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (_, layer), (_, other) in zip(sparse_layers(model), sparse_layers(loaded)):
+        assert torch.equal(layer.weight, other.dense_weight()) and layer.row_stride == other.row_stride != 1
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(densify(loaded)(tokens).logits, densify(model)(tokens).logits)
 
 
 def test_an_export_is_no_checkpoint_to_resume_from(tmp_path):

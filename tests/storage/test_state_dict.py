@@ -1,6 +1,7 @@
 """What a layer says of a state that is not its own."""
 
 import pytest
+import torch
 from torch import nn
 
 from hf_topkast import sparsify
@@ -16,6 +17,16 @@ def test_another_block_size_is_named(block_size):
     for one, other in ((1, block_size), (block_size, 1)):
         with pytest.raises(RuntimeError, match="Layer '0'.*another block_size than"):
             make(one).load_state_dict(make(other).state_dict())
+
+
+def test_another_order_of_blocks_is_named():
+    plain, scattered = make(4), make(4, scatter_blocks=True)
+    for one, other in ((plain, scattered), (scattered, plain)):
+        theta = one[0].theta()
+        with pytest.raises(RuntimeError, match="Layer '0'.*another scatter_blocks"):
+            one.load_state_dict(other.state_dict())
+        assert torch.equal(one[0].theta(), theta)
+    scattered.load_state_dict(make(4, scatter_blocks=True).state_dict())
 
 
 def test_other_numbers_of_weights_are_named():

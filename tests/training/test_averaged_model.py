@@ -87,7 +87,7 @@ def test_as_torchs_average_of_a_dense_model(make_model, average):
 @pytest.mark.parametrize(
     "config",
     [
-        {"block_size": [4, 4]},
+        {"block_size": [4, 4], "scatter_blocks": True},
         {"reservoir_device": "cpu"},
         {"reservoir_device": "disk"},
         {"explore_until": 5},
@@ -207,11 +207,16 @@ def test_a_sharded_model_is_refused(one_process):
 
 @pytest.mark.parametrize(
     "other",
-    [make_gpt2, lambda: sparsify(make_gpt2(), density=0.2, block_size=4), lambda: sparsify(make_llama(), density=0.2)],
-    ids=["dense", "blocks", "llama"],
+    [
+        make_gpt2,
+        lambda: sparsify(make_gpt2(), density=0.2),
+        lambda: sparsify(make_gpt2(), density=0.2, block_size=4, scatter_blocks=True),
+        lambda: sparsify(make_llama(), density=0.2, block_size=4),
+    ],
+    ids=["dense", "single weights", "scattered", "llama"],
 )
 def test_a_model_of_another_kind_is_refused(other):
-    ema = TopKastAveragedModel(sparsify(make_gpt2(), density=0.2))
+    ema = TopKastAveragedModel(sparsify(make_gpt2(), density=0.2, block_size=4))
     before = copy.deepcopy(ema.state_dict())
     with pytest.raises(ValueError, match=r"see layer '.*' of shape .* Make a new average"):
         ema.update_parameters(other())

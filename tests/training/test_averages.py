@@ -27,6 +27,10 @@ def mean_of(models, weights):
     return {key: sum(w * part[key].double() for w, part in zip(weights, parts)) / total for key in parts[0]}
 
 
+def make_blocks(**settings):
+    return sparsify(make_gpt2(), density=0.2, block_size=4, **settings)
+
+
 def sizes(model):
     return [(layer.active_count, layer.values.numel()) for _, layer in sparse_layers(model)]
 
@@ -79,6 +83,7 @@ def test_common_sets_are_kept():
     "config",
     [
         {"block_size": [4, 4]},
+        {"block_size": [4, 4], "scatter_blocks": True},
         {"split_fused": True},
         {"reservoir_device": "disk"},
         {"reservoir_device": "cpu", "backward_density": 1.0},
@@ -237,6 +242,11 @@ def broken():
             [lambda: sparsify(make_gpt2(), density=0.2), lambda: sparsify(make_gpt2(), density=0.2, block_size=4)],
             None,
             r"'transformer.h.0.attn.c_attn' is .*\(4, 4\).* in it",
+        ),
+        (
+            [lambda: make_blocks(scatter_blocks=True), make_blocks],
+            None,
+            r"'transformer.h.0.attn.c_attn' is .* in it .* order of blocks",
         ),
         ([lambda: sparsify(make_gpt2(), CONFIG), broken], None, "Layer 'transformer.h.0.mlp.c_fc': 1 of its"),
     ],

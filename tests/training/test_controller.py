@@ -119,6 +119,8 @@ def check_same_weights(model, simulation, losses, expected):
         {"initial_density": 0.8, "schedule_begin": 0, "schedule_end": 4},
         {"distribution": "global"},
         {"split_fused": True},
+        {"scatter_blocks": True},
+        {"scatter_blocks": True, "distribution": "global", "initial_density": 0.8, "schedule_end": 4},
     ],
     ids=str,
 )
@@ -165,6 +167,7 @@ def test_schedules_and_distributions_equal_the_masked_simulation(make_model, mak
         {"reservoir_device": "cpu", "explore_until": 8},
         {**SCHEDULE, "density_schedule": "linear", "distribution": "global"},  # a refresh too early to be chosen ahead
         {"block_size": 4, "exploration_lr_scale": 0.5},
+        {"block_size": 4, "scatter_blocks": True},
     ],
     ids=str,
 )

@@ -89,7 +89,7 @@ def test_resumes_bit_by_bit(tmp_path, make, update_every, step):
 @pytest.mark.parametrize(
     "config",
     [
-        {"block_size": [4, 4]},
+        {"block_size": [4, 4], "scatter_blocks": True},
         {"reservoir_device": "cpu"},
         {"reservoir_device": "disk"},
         {"explore_until": 5},

@@ -24,8 +24,11 @@ class ScoredLayer(MaskedLayer):
             self.squares, self.count = self.squares + rows.square().sum(0), self.count + len(rows)
         return super().forward(x)
 
+    def scores(self):
+        return self.theta.detach() * self.mean_square.sqrt()
+
     def choose(self, densities, block_size, parts):
-        scores = self.theta.detach().abs() * self.mean_square.sqrt()
+        scores = self.norms(block_size)
         masks = []
         for density in densities:
             total = max(1, round(density * scores.numel()))
@@ -70,7 +73,17 @@ def adamw(parameters):
 
 
 @pytest.mark.parametrize("make_model", [make_gpt2, make_llama])
-@pytest.mark.parametrize("settings", [{}, {"compare": "layer"}, {"method": "dpf", "schedule_end": 6}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"compare": "layer"},
+        {"method": "dpf", "schedule_end": 6},
+        {"block_size": [4, 2]},
+        {"block_size": [4, 2], "scatter_blocks": True, "compare": "layer"},
+    ],
+    ids=str,
+)
 def test_training_equals_the_masked_simulation(make_model, settings):
     schedule = {"schedule_begin": 0} if "method" in settings else {}
     config = TopKastConfig(density=0.2, score="activation", refresh_every=3, penalty=1e-2, **schedule, **settings)

@@ -79,6 +79,7 @@ SCHEDULES = {
     "explore_until": {"explore_until": 6},
     "global": {"distribution": "global"},
     "blocks": {"block_size": 4},
+    "scattered": {"block_size": [2, 4], "scatter_blocks": True},
     "split_fused": {"split_fused": True},
     "split blocks": {"split_fused": True, "block_size": [4, 2]},
     "decoupled": {"penalty_mode": "decoupled", "exploration_lr_scale": 0.3},
@@ -127,6 +128,7 @@ METHODS = {
     "static": {"method": "static"},
     "rigl": {"method": "rigl", "drop_share": 0.3},
     "rigl blocks": {"method": "rigl", "drop_share": 0.3, "block_size": [2, 4]},
+    "rigl scattered": {"method": "rigl", "drop_share": 0.3, "block_size": [2, 4], "scatter_blocks": True},
     "powerprop": {"powerprop_alpha": 2.0, "penalty": 0.0},
     "dpf": {"method": "dpf", "initial_density": 1.0, "schedule_begin": 0, "schedule_end": 5},
 }
@@ -183,7 +185,9 @@ def test_an_expert_of_zeros_is_named():
         sparsify(model, density="nonzero")
 
 
-@pytest.mark.parametrize("settings", [{}, {"compare": "layer"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"compare": "layer"}, {"compare": "layer", "block_size": [2, 4], "scatter_blocks": True}], ids=str
+)
 @pytest.mark.parametrize("correct", [False, True])
 def test_scores_by_activations_are_those_of_experts_as_layers(settings, correct):
     model = make_family("mixtral").double().train()
@@ -237,7 +241,7 @@ def test_an_expert_without_tokens_keeps_its_sets_where_gradients_choose():
 RESUMED = {
     "lag": {"refresh_lag": 2},
     "schedule": {"initial_density": 0.8, "schedule_begin": 0, "schedule_end": 6, "distribution": "global"},
-    "blocks on disk": {"block_size": [2, 4], "reservoir_device": "disk"},
+    "blocks on disk": {"block_size": [2, 4], "scatter_blocks": True, "reservoir_device": "disk"},
     "rigl": {"method": "rigl", "drop_share": 0.3},
     "explored": {"explore_until": 5, "split_fused": True},
 }

@@ -14,7 +14,7 @@ CONFIGS = {
     "topkast": COMMON,
     "resized": {**COMMON, "initial_density": 0.6, "schedule_begin": 0, "schedule_end": 4, "distribution": "global"},
     "explored": {**COMMON, "explore_until": 4, "split_fused": True},
-    "blocks": {**COMMON, "block_size": [2, 4], "reservoir_device": "cpu"},
+    "blocks": {**COMMON, "block_size": [2, 4], "scatter_blocks": True, "reservoir_device": "cpu"},
     "rigl": {**COMMON, "method": "rigl", "drop_share": 0.3},
     "mest": {**COMMON, "method": "mest"},
     "scored": {**COMMON, "score": "activation"},

@@ -156,6 +156,11 @@ def test_blocks(method):
     compare(method, block_size=[4, 4])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_scattered_blocks(method):
+    compare(method, make_optimizer=sgd, block_size=[4, 8], scatter_blocks=True)
+
+
 @pytest.mark.parametrize("block_size", [[4, 2], pytest.param([1, 1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["topkast_random", "static_random", *ALONE, "smet", "magnitude_pruning"])
 def test_parts_of_a_fused_layer(method, block_size):

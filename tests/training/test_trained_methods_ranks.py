@@ -19,6 +19,7 @@ SCORED = {
     "by row": {"score": "activation", "compare": "row"},
     "by layer": {"score": "activation", "compare": "layer", "exploration_lr_scale": 0.3},
     "dpf": {"method": "dpf", "score": "activation", **SCHEDULE},
+    "scattered": {"score": "activation", "block_size": [4, 8], "scatter_blocks": True},
 }
 
 
