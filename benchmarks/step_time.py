@@ -78,6 +78,7 @@ def main():
     add_model(parser, layers=4, width=768, vocabulary=256, context=512, batch=4)
     parser.add_argument("--settings", nargs="+", type=pair, default=SETTINGS, help="density/backward density")
     parser.add_argument("--block-size", nargs=2, type=int, default=[1, 1], help="rows and columns of a block")
+    parser.add_argument("--scatter-blocks", action="store_true", help="take a block's rows from the whole layer")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -88,7 +89,8 @@ def main():
     tokens = torch.randint(0, args.vocabulary, (args.batch, args.context), device=args.device)
     rows = []
     for density, backward_density in args.settings:
-        settings = {"density": density, "backward_density": backward_density, "block_size": args.block_size}
+        blocks = {"block_size": args.block_size, "scatter_blocks": args.scatter_blocks}
+        settings = {"density": density, "backward_density": backward_density, **blocks}
         dense, sparse = Step(model(), tokens, args.bf16), Step(sparsify(model(), **settings), tokens, args.bf16)
         controller = TopKastController(sparse.model, sparse.optimizer)
         runs = {"dense": dense, "sparse": sparse}
@@ -104,7 +106,7 @@ def main():
         )
         rows.append(
             {
-                "block": "{}×{}".format(*args.block_size),
+                "block": "{}×{}".format(*args.block_size) + ", scattered" * args.scatter_blocks,
                 "density / backward": f"{density} / {backward_density}",
                 "dense s": dense_step,
                 "sparse s": sparse_step,

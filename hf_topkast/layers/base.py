@@ -57,22 +57,24 @@ class TopKastLayer(SparseStorage):
     def forward(self, x: Tensor) -> Tensor:
         """y = x·αᵀ + b: (..., in) → (..., out)."""
         in_features, out_features = self._features()
-        if self.row_stride != 1:
-            bias = None if self.bias is None else reorder(self.bias, self.row_stride)
-            y = masked_linear(x, self._trained(self.values), self.pattern, bias, self.backend)
-            self._show(x, y)
-            return reorder(y, inverse(self.row_stride, out_features))
+        scattered, back = self.row_stride != 1, inverse(self.row_stride, out_features)
         if runs_one_token(x, in_features, self.backend):
             self.check_sets()
             product = self._one_token
-            if product is None or not product.fits(self._parameters, self._buffers):
-                values, bias = self.values, self.bias  # kept through the call: a parametrised bias is made for it
+            parameters = {"values": self._parameters["values"]} if scattered else self._parameters
+            if product is None or not product.fits(parameters, self._buffers):
+                values = self.values
+                bias = None if scattered else self.bias  # kept through the call: a parametrised bias is made for it
                 product = self._one_token = prepare_one_token(values, self.pattern, bias)
             if product is not None:
-                return product(x)
-        y = masked_linear(x, self._trained(self.values), self.pattern, self.bias, self.backend)
+                y = reorder(product(x), back)
+                return y + self.bias if scattered and self.bias is not None else y
+        bias = self.bias
+        if scattered and bias is not None:
+            bias = reorder(bias, self.row_stride)
+        y = masked_linear(x, self._trained(self.values), self.pattern, bias, self.backend)
         self._show(x, y)
-        return y
+        return reorder(y, back)
 
     def _show(self, x: Tensor, y: Tensor, *ends: Tensor):
         """Shows a product to whoever watches; one of experts with where the rows of each end."""

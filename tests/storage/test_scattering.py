@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_topkast import sparsify
+from hf_topkast.ops import BACKENDS, runs_one_token
 from hf_topkast.ops.reordering import reorder
 from hf_topkast.storage import from_grid, inverse, reordered, row_stride, to_grid
 
@@ -81,8 +82,20 @@ def test_a_layer_computes_what_the_masked_dense_one_does(bias):
     torch.testing.assert_close(layer.values.grad, at_slots)
     if bias:
         torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_sees_weights_and_bias_that_change(bias):
+    dense, layer = make_layer(bias)
+    dense, layer, x = dense.float(), layer.float(), torch.randn(1, 32)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x[:1]), expected[:1])  # one token
+        assert runs_one_token(x, 32, "auto") or "cpu" not in BACKENDS
+        for _ in range(3):
+            alpha = layer.dense_weight() * layer.active_mask
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, alpha, layer.bias))
+            layer.values.mul_(1.5)
+            if bias:
+                layer.bias.add_(1)
 
 
 def test_a_layer_used_in_inference_mode_first_can_be_trained():
