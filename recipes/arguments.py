@@ -5,7 +5,7 @@ import difflib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
@@ -169,9 +169,10 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
     settings = read_yaml(given.config)
     options = [argument.split("=")[0] for argument in unknown if argument.startswith("--")]
     refuse_unknown_keys([*settings, *(option[2:].replace("-", "_") for option in options)], fields, given.config)
+    numbers = {name for each in dataclasses for name, kind in get_type_hints(each).items() if kind in (int, float)}
     for action in parser._actions:
         if action.dest in settings:
-            check_setting(action, settings[action.dest], given.config)
+            check_setting(action, settings[action.dest], given.config, needed=action.dest in numbers)
     parser.set_defaults(**settings)
     parsed = vars(parser.parse_args(argv))
     del parsed["config"]
@@ -217,13 +218,16 @@ def check_number(name: str, value: int | None, least: int, why: str) -> None:
         raise ValueError(f"`{name}` is {value}: give a number from {least} on ({why}).")
 
 
-def check_setting(action: argparse.Action, value: Any, path: str) -> None:
+def check_setting(action: argparse.Action, value: Any, path: str, needed: bool) -> None:
     """
     Whether a value of a YAML file is one that an option can have: argparse checks only texts, as a command line has.
+    What is `needed` cannot be null.
 
     Raises:
         `ValueError`: If it is none; the message names the field and says what is allowed.
     """
+    if value is None and needed:
+        raise ValueError(f"`{action.dest}` is null in `{path}`: give a number, or leave it out for {action.default}.")
     for each in value if isinstance(value, list) else [value]:
         if action.choices is not None and each is not None and each not in action.choices:
             raise ValueError(f"`{action.dest}` is {each!r} in `{path}`: it must be one of {list(action.choices)}.")

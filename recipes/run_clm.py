@@ -23,6 +23,7 @@ from fine_tuning import (
     PROMPT_TOKENS,
     Stages,
     calibration_arguments,
+    check_length,
     evaluate,
     load_dense,
     settle_fine_tuning,
@@ -224,9 +225,7 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
             f"`{args.model_name_or_path or args.model_type}` knows {known:,} tokens, but the tokenizer has "
             f"{vocab_size:,}. {way if args.model_name_or_path else 'Leave `vocab_size` out of `config_overrides`.'}"
         )
-    longest = getattr(model.config, "max_position_embeddings", window)
-    if longest < window:
-        raise ValueError(f"`window` is {window:,}, but the model reads {longest:,} tokens at most. Use a smaller one.")
+    check_length(model, "window", window)
     return model
 
 

@@ -20,6 +20,7 @@ from fine_tuning import (
     Stages,
     autocast,
     calibration_arguments,
+    check_length,
     load_dense,
     settle_fine_tuning,
     teacher_arguments,
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
             "them. Raise `held_out` or `max_length`, or look at the last rows of the data set."
         )
     model = load_dense(sft_args.model_name_or_path).to(training_args.device)
+    check_length(model, "max_length", training_args.max_length)
 
     def measure() -> dict[str, float]:
         with autocast(training_args):

@@ -123,6 +123,8 @@ def test_bad_configuration_file_is_an_error(text, complaint, tmp_path):
     [
         ("dataset: wikitext", r"`dataset` is 'wikitext' in `.*yaml`: it must be one of \['enwik8', 'wikitext103'"),
         ("window: 16.5", r"`window` is 16\.5 in .* a whole number"),
+        ("window: null", "`window` is null in .* leave it out for 256"),
+        ("learning_rate:", "`learning_rate` is null in .* give a number"),
         ("max_steps: true", r"`max_steps` is True in .* a whole number"),
         ("config_overrides: [1]", r"`config_overrides` is \[1\]: give a mapping"),
         ("max_train_bytes: -1", "`max_train_bytes` is -1: give a number from 1 on"),

@@ -230,6 +230,11 @@ def test_settings_that_do_not_go_together_are_errors_before_data_is_read(folder,
         run(folder, "wrong", "--max_lenght", "3")
 
 
+def test_rows_longer_than_the_model_reads_are_an_error(folder):
+    with pytest.raises(ValueError, match="`max_length` is 65, but the model reads 64 tokens at most"):
+        run(folder, "wrong", "--max_length", "65")
+
+
 def test_a_sparse_model_is_refused(folder, tmp_path):
     sparsify(AutoModelForCausalLM.from_pretrained(folder / "model"), density=0.5).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is sparse already.*densify"):
