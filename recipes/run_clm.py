@@ -203,7 +203,8 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
         window (`int`): The longest input.
 
     Raises:
-        `ValueError`: If a field is not one of the architecture's, or if the model is too small or was sparse before.
+        `ValueError`: If a field is not one of the architecture's, or if the model is too small, was sparse before or
+            sees tokens that come later.
     """
     vocab_size = len(corpus.tokenizer)
     if args.model_name_or_path:
@@ -226,7 +227,23 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
             f"{vocab_size:,}. {way if args.model_name_or_path else 'Leave `vocab_size` out of `config_overrides`.'}"
         )
     check_length(model, "window", window)
+    if not is_causal(model, min(window, 8)):
+        raise ValueError(
+            f"`{args.model_name_or_path or args.model_type}` predicts tokens from those that come after them, so its "
+            "loss would mean nothing. Give `config_overrides: {is_decoder: true}`, if it has that, or another model."
+        )
     return model
+
+
+@torch.no_grad()
+def is_causal(model: PreTrainedModel, count: int) -> bool:
+    """Whether what a model makes of the first of so many tokens is the same whatever the last one is."""
+    training = model.training
+    tokens = torch.arange(count).repeat(2, 1)
+    tokens[1, -1] += 1
+    logits = model.eval()(tokens % len(model.get_input_embeddings().weight)).logits[:, :-1]
+    model.train(training)
+    return count == 1 or bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits.abs().max())
 
 
 def metric_for(name: str, split: Split) -> Callable:
