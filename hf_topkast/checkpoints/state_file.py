@@ -41,10 +41,9 @@ class SparseState:
             `.rest` (θ outside A, by ascending flat index of the (out, in) weight; outside of B only where the method
             keeps values there), `.unvisited` and `.initial_reservoir_size`, and with `score="activation"`
             `.input_norms`, of experts (experts, in). In a compact export only `.active` and
-            `.values` (α on A, in that order).
+            `.values` (α on A, in that order). Rows of scattered blocks are in the order of the grid, see [`to_grid`].
         config ([`TopKastConfig`]): the configuration of the run.
-        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, of experts (experts · out, in). With scattered
-            blocks the rows are in the order of the grid, see [`to_grid`].
+        shapes (`dict[str, tuple[int, int]]`): (out, in) of each layer, of experts (experts · out, in).
         digests (`dict[str, dict[str, str]]`): of each layer's weights on A, which `model.safetensors` holds, by the
             dtype that they are loaded in; empty in an export.
         step (`int`): optimizer steps taken.

@@ -9,7 +9,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from ..headers import as_floats, unpack_bits
+from ..headers import FileHeader, as_floats, unpack_bits
+from ..storage import inverse, row_stride
 from .checkpoint import Checkpoint, open_checkpoint
 from .output import AsJson, print_json, print_lines, print_table, share, waiting
 
@@ -98,10 +99,24 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _mask(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A of a layer as the state file has it, bool of the layer's shape; `None` where the layer is dense."""
+    """A of a layer, bool, (out, in); `None` where the layer is dense."""
     if checkpoint.state is None or f"{name}.active" not in checkpoint.state.tensors:
         return None
-    return unpack_bits(checkpoint.state.numbers(f"{name}.active"), math.prod(shape)).reshape(shape)
+    return _from_grid(checkpoint.state, name, _mask_of_grid(checkpoint.state, name, shape))
+
+
+def _mask_of_grid(state: FileHeader, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return unpack_bits(state.numbers(f"{name}.active"), math.prod(shape)).reshape(shape)
+
+
+def _from_grid(state: FileHeader, name: str, grid: np.ndarray) -> np.ndarray:
+    """What a state file has in the order of its grid of blocks, (out, in), in the order of the outputs."""
+    config, experts = (json.loads(state.metadata.get(key, "{}")) for key in ("config", "experts"))
+    matrices = experts.get(name, 1)
+    count = len(grid) // matrices
+    stride = row_stride(count, config["block_size"][0], True) if config.get("scatter_blocks") else 1
+    places = np.arange(count) * inverse(stride, count) % count
+    return grid.reshape(matrices, count, -1)[:, places].reshape(grid.shape)
 
 
 def _weight(checkpoint: Checkpoint, name: str, mask: np.ndarray) -> np.ndarray | None:
@@ -112,8 +127,9 @@ def _weight(checkpoint: Checkpoint, name: str, mask: np.ndarray) -> np.ndarray |
     state = checkpoint.state
     if state is not None and f"{name}.values" in state.tensors:  # a compact export
         alpha = np.zeros(mask.shape, np.float32)
-        alpha[mask] = as_floats(state.numbers(f"{name}.values"), state.tensors[f"{name}.values"].dtype)
-        return alpha
+        values = as_floats(state.numbers(f"{name}.values"), state.tensors[f"{name}.values"].dtype)
+        alpha[_mask_of_grid(state, name, mask.shape)] = values
+        return _from_grid(state, name, alpha)
     file = checkpoint.find(f"{name}.weight")
     if file is None and not (state is not None and f"{name}.active" in state.tensors):
         raise ValueError(

@@ -66,9 +66,14 @@ class TopKastLayer(SparseStorage):
                 values = self.values
                 bias = None if scattered else self.bias  # kept through the call: a parametrised bias is made for it
                 product = self._one_token = prepare_one_token(values, self.pattern, bias)
+            if product is not None and not scattered:
+                return product(x)
             if product is not None:
-                y = reorder(product(x), back)
-                return y + self.bias if scattered and self.bias is not None else y
+                y, bias = reorder(product(x), back), self.bias
+                if bias is None:
+                    return y
+                if (bias.shape, bias.dtype, bias.device) == (y.shape[-1:], y.dtype, y.device):
+                    return y + bias
         bias = self.bias
         if scattered and bias is not None:
             bias = reorder(bias, self.row_stride)

@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import runs_one_token
 from ..ops.grouped import owners
-from ..storage import dense_state
+from ..ops.reordering import reorder
+from ..storage import dense_state, inverse
 from .grouped import TopKastGroupedLinear
 from .stacked import GroupedProduct, StackedMatrices
 
+
+if TYPE_CHECKING:
+    from ..ops.one_token import ExpertsOfOneToken
 
 EXPERTS_FUNCTION = "topkast"
 # Parameters of classes without transformers' decorator that are multiplied by, one expert at a time or all at once:
@@ -244,10 +249,20 @@ def _products_of_one_token(
     if not all(runs_one_token(x, layers[0].in_features, layer.backend) for layer in layers):
         return []
     prepared = [layer.for_one_token() for layer in layers]
+    biases = [None if bias is None else reorder(bias, layer.row_stride) for layer, bias in zip(layers, biases)]
     if not all(product and product.takes(bias) for product, bias in zip(prepared, biases)):
         return []
     chosen = top_k_index.reshape(-1)
-    return [functools.partial(product, chosen=chosen, bias=bias) for product, bias in zip(prepared, biases)]
+    return [
+        functools.partial(_product_of_one_token, layer, product, chosen, bias)
+        for layer, product, bias in zip(layers, prepared, biases)
+    ]
+
+
+def _product_of_one_token(
+    layer: TopKastGroupedLinear, product: "ExpertsOfOneToken", chosen: Tensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    return reorder(product(x, chosen, bias), inverse(layer.row_stride, layer.out_features))
 
 
 def _product(

@@ -89,10 +89,9 @@ class TopKastGroupedLinear(GroupedProduct, TopKastLayer):
     def for_one_token(self) -> "ExpertsOfOneToken | None":
         """
         The products of one token where [`runs_one_token`] finds one, or `None` if they are not for the type or place
-        of the weights or for scattered blocks, or if somebody has to see the layer being called.
+        of the weights, or if somebody has to see the layer being called. Outputs are in the order of the grid.
         """
-        seen = self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self)
-        if seen or self.row_stride != 1:
+        if self._forward_pre_hooks or self._forward_hooks or "forward" in vars(self):
             return None
         self.check_sets()
         product = self._one_token

@@ -84,7 +84,8 @@ def digest_of(pattern: Pattern, row_stride: int = 1) -> int:
     """A number that tells the sets of a pattern apart, see [`set_digest`], and those of grids in other orders."""
     row_offsets = pattern.row_offsets.to(pattern.columns.device)  # a load may be half done
     digest = int(set_digest(pattern._replace(row_offsets=row_offsets)))
-    return digest if row_stride == 1 else digest ^ row_stride
+    # By an odd number that changes all of its bits, for states may be rounded to few.
+    return digest if row_stride == 1 else digest ^ (row_stride * 0x9E3779B97F4A7C15 & (1 << 63) - 1)
 
 
 def encode(digest: int) -> Tensor:
@@ -119,12 +120,17 @@ def mixture(
     for name, part in (("row_offsets", row_offsets), ("columns", columns)):
         if part.is_floating_point() or part.is_complex():
             return f"its {name}, which say where values stand, are {part.dtype}: averaged, it seems. {WAY_OUT}"
+    if saved is None and row_stride != 1:
+        return "the state has no sets_digest, so its blocks are not scattered as this layer's are (scatter_blocks)."
     if saved is None or is_sharded(columns) or any(part.is_meta for part in (saved, row_offsets, columns)):
         return None
     if row_offsets.numel() != 2 * (shape[0] // block_size[0]) + 1 or int(row_offsets[-1]) != columns.numel():
         return None  # no sets of this layer, which is said in other words
-    if _equal(encode(digest_of(Pattern(row_offsets, columns, shape, block_size), row_stride)), saved):
+    pattern = Pattern(row_offsets, columns, shape, block_size)
+    if _equal(encode(digest_of(pattern, row_stride)), saved):
         return None
+    if row_stride != 1 and _equal(encode(digest_of(pattern)), saved):
+        return "its blocks are not scattered, and this layer's are: it was saved with another scatter_blocks."
     return (
         "the state's sets are not those that its values had: an average of states, it seems, or a layer with another "
         f"scatter_blocks. {WAY_OUT}"

@@ -55,6 +55,7 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
 
     stores_transposed = False
     matrices = 1
+    row_stride = 1
 
     def _store(
         self,
@@ -118,7 +119,7 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         return self._counted[1]
 
     def theta(self, reservoir: Tensor | None = None) -> Tensor:
-        """θ as (out, in), whatever the stock layout: a copy; from a copy of the reservoir if one is given."""
+        """θ as (out, in), its rows in the order of the grid: a copy; from a copy of the reservoir if one is given."""
         reservoir = self.reservoir if reservoir is None else reservoir
         return assemble_theta(full(self.values.detach()), self.pattern, full(reservoir))
 
@@ -158,8 +159,8 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
         object, and its gradient moves with the weights: one that enters B has none, 0.
 
         Args:
-            active, backward (`torch.Tensor`): bool, (out, in), the first inside the second.
-            theta (`torch.Tensor`, *optional*): (out, in); replaces the layer's own θ.
+            active, backward (`torch.Tensor`): bool, (out, in) as the grid has it, the first inside the second.
+            theta (`torch.Tensor`, *optional*): (out, in), alike; replaces the layer's own θ.
         """
         masks = list(zip(active.chunk(self.matrices), backward.chunk(self.matrices)))
         thetas = [None] * self.matrices if theta is None else theta.chunk(self.matrices)

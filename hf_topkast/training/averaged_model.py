@@ -122,14 +122,15 @@ def layer_pairs(model: nn.Module, other: nn.Module) -> Iterator[tuple[TopKastLay
     """
     first, second = list(sparse_layers(model)), list(sparse_layers(other))
     outlines = [
-        [(name, layer.matrix_shape, layer.block_size, layer.row_stride) for name, layer in layers]
+        [(name, layer.matrix_shape, layer.block_size, layer.row_stride != 1) for name, layer in layers]
         for layers in (first, second)
     ]
     if outlines[0] != outlines[1]:
         odd = [*sorted(set(outlines[0]) ^ set(outlines[1]), key=str), *outlines[1]][0]
         raise ValueError(
             f"The average is of {len(first)} sparse layers and the model has {len(second)} or other ones: see layer "
-            f"'{odd[0]}' of shape {odd[1]} (out, in) and block size {odd[2]}. Make a new average for it."
+            f"'{odd[0]}' of shape {odd[1]} (out, in), block size {odd[2]} and scatter_blocks={odd[3]}. Make a new "
+            "average for it."
         )
     yield from ((mine, theirs) for (_, mine), (_, theirs) in zip(first, second))
 

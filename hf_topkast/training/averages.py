@@ -109,7 +109,7 @@ def _check_alike(first: nn.Module, model: nn.Module, place: int) -> None:
     outlines = []
     for one in (first, model):
         layers = {
-            name: (type(layer).__name__, layer.matrix_shape, layer.block_size, layer.row_stride)
+            name: (type(layer).__name__, layer.matrix_shape, layer.block_size, layer.row_stride != 1)
             for name, layer in sparse_layers(one)
         }
         normed = {f"{n}.input_norms": "there" for n, layer in sparse_layers(one) if layer.input_norms is not None}
@@ -120,7 +120,7 @@ def _check_alike(first: nn.Module, model: nn.Module, place: int) -> None:
         if mine != theirs:
             raise ValueError(
                 f"average_models: model {place} is not like the first: '{key}' is {theirs} in it and {mine} in the "
-                "first (type, (out, in), block size, order of blocks; or shape). Only models of one architecture that "
+                "first (type, (out, in), block size, scatter_blocks; or shape). Only models of one architecture that "
                 "were made sparse with the same target_modules, block_size, scatter_blocks and score can be averaged."
             )
 

@@ -1,7 +1,12 @@
+import copy
+import itertools
+
 import pytest
 import torch
-from toy_models import make_gpt2
+from toy_models import make_gpt2, make_llama
+from toy_training import trained
 
+from hf_topkast import densify, export_sparse
 from hf_topkast.surgery import sparse_layers
 
 
@@ -53,15 +58,23 @@ def test_with_a_dense_one(checkpoints, run_json, tmp_path):
         assert all(layer["overlap"] == 1 and layer["difference"] == 0 for layer in found["layers"]), pair
 
 
+@pytest.mark.parametrize("make_model", [make_gpt2, make_llama])
+def test_scattered_blocks(make_model, run_json, tmp_path):
+    model = trained(make_model, block_size=4, scatter_blocks=True)
+    model.save_pretrained(tmp_path / "sparse")
+    export_sparse(model, tmp_path / "compact")
+    densify(copy.deepcopy(model)).save_pretrained(tmp_path / "dense")
+    for pair in itertools.permutations(["sparse", "compact", "dense"], 2):
+        found = run_json("compare", *(tmp_path / name for name in pair))
+        assert all(layer["overlap"] == 1 and layer["difference"] == 0 for layer in found["layers"]), pair
+
+
 def test_table(checkpoints, run):
     folder = checkpoints[1]
     assert "transformer.h.0.attn.c_attn" in run("compare", folder / "sparse", folder / "other")
 
 
 def test_bad_input(checkpoints, refused, tmp_path):
-    from toy_models import make_llama
-    from toy_training import trained
-
     folder = checkpoints[1]
     make_llama().save_pretrained(tmp_path / "llama")
     assert "no sets to compare" in refused("compare", folder / "dense", tmp_path / "llama")

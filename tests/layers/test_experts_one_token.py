@@ -96,6 +96,15 @@ def test_settings(settings):
     check(make_experts(**settings))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scattered_blocks(family):
+    experts = make_experts(family, block_size=[4, 2], scatter_blocks=True)
+    assert layers_of(experts)[1].row_stride != 1
+    for chosen in ((3, 1), (1, 0, 3, 2)):
+        inputs = token(experts, *chosen)
+        torch.testing.assert_close(check(experts, *inputs), dense_outputs(experts, *inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_numbers_past_the_last_expert_give_nothing(family):
     experts = make_experts(family)

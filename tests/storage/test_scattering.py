@@ -98,6 +98,26 @@ def test_one_token_sees_weights_and_bias_that_change(bias):
                 layer.bias.add_(1)
 
 
+def test_one_token_refuses_or_casts_a_bias_as_many_do():
+    layer = make_layer()[1].float()
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        layer.bias = nn.Parameter(layer.bias.double())
+        assert layer(x[:1]).dtype == layer(x).dtype == torch.float32
+        layer.bias = nn.Parameter(torch.zeros(1))
+        for tokens in (x[:1], x):
+            with pytest.raises(ValueError, match="a bias of shape"):
+                layer(tokens)
+
+
+def test_a_layer_pickled_by_an_earlier_version_has_its_rows_in_order():
+    layer = sparsify(nn.Sequential(nn.Linear(32, 48)), density=0.3, target_modules=["0"])[0]
+    x = torch.randn(3, 32)
+    expected = layer(x)
+    del layer.row_stride
+    assert torch.equal(layer(x), expected)
+
+
 def test_a_layer_used_in_inference_mode_first_can_be_trained():
     _, layer = make_layer()
     x = torch.randn(5, 32, dtype=torch.float64)

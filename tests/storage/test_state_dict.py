@@ -7,8 +7,8 @@ from torch import nn
 from hf_topkast import sparsify
 
 
-def make(block_size=1, size=8, **settings):
-    model = nn.Sequential(nn.Linear(size, 8))
+def make(block_size=1, size=8, out=8, **settings):
+    model = nn.Sequential(nn.Linear(size, out))
     return sparsify(model, density=0.25, target_modules=["0"], block_size=block_size, **settings)
 
 
@@ -27,6 +27,27 @@ def test_another_order_of_blocks_is_named():
             one.load_state_dict(other.state_dict())
         assert torch.equal(one[0].theta(), theta)
     scattered.load_state_dict(make(4, scatter_blocks=True).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_order_of_blocks_is_named_after_rounding(dtype):
+    for size in (128, 768):
+        plain, scattered = (make(16, size, out=size, scatter_blocks=scatter) for scatter in (False, True))
+        for one, other in ((plain, scattered), (scattered, plain), (scattered, scattered)):
+            state = other.state_dict()
+            state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+            if one is other:
+                one.load_state_dict(state)
+                continue
+            with pytest.raises(RuntimeError, match="Layer '0'.*another scatter_blocks"):
+                one.load_state_dict(state)
+
+
+def test_a_state_without_a_digest_is_none_of_scattered_blocks():
+    state = {key: value for key, value in make(4).state_dict().items() if not key.endswith("sets_digest")}
+    make(4).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Layer '0'.*no sets_digest.*scatter_blocks"):
+        make(4, scatter_blocks=True).load_state_dict(state)
 
 
 def test_other_numbers_of_weights_are_named():

@@ -246,7 +246,7 @@ def broken():
         (
             [lambda: make_blocks(scatter_blocks=True), make_blocks],
             None,
-            r"'transformer.h.0.attn.c_attn' is .* in it .* order of blocks",
+            r"'transformer.h.0.attn.c_attn' is .*False.* in it .*True.*scatter_blocks",
         ),
         ([lambda: sparsify(make_gpt2(), CONFIG), broken], None, "Layer 'transformer.h.0.mlp.c_fc': 1 of its"),
     ],
