@@ -45,8 +45,7 @@ class MethodLayer(OrderedProduct, nn.Module):
         return self.phi if self.alpha == 1 else self.phi * self.phi.abs() ** (self.alpha - 1)
 
     def forward(self, x):
-        y = self.product(x, Straight.apply(self.weight(), self.active))
-        return y if self.bias is None else y + self.bias
+        return self.product(x, Straight.apply(self.weight(), self.active), self.bias)
 
 
 class AgedAdam:

@@ -65,8 +65,7 @@ class MaskedLayer(OrderedProduct, nn.Module):
         self.hold(*torch.cat(chosen, dim=1))
 
     def forward(self, x):
-        y = self.product(x, StraightThrough.apply(self.theta, self.active))
-        return y if self.bias is None else y + self.bias
+        return self.product(x, StraightThrough.apply(self.theta, self.active), self.bias)
 
 
 class MaskedTraining:

@@ -22,6 +22,7 @@ class OrderedProduct:
         self.rows = order_of_rows(config, len(weight))
         return weight[self.rows].contiguous()
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """y = x·Wᵀ, in the layer's own order."""
-        return torch.nn.functional.linear(x, weight)[..., self.rows.argsort()]
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """y = x·Wᵀ + b, in the layer's own order."""
+        bias = None if bias is None else bias[self.rows]
+        return torch.nn.functional.linear(x, weight, bias)[..., self.rows.argsort()]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..block_order import row_stride
 from ..layers import TopKastGroupedLinear, TopKastLayer
 from ..method import get_method
 from ..ops.reference import expand_active
@@ -24,7 +25,6 @@ from ..storage import (
     mixture,
     pack_bits,
     part_of,
-    row_stride,
     shard_like,
 )
 from ..surgery import check_here, sparse_info, sparse_layers

@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from ..block_order import row_stride
 from ..layers import ExpertStack, layer_named, sparse_type
-from ..storage import from_grid, row_stride
+from ..storage import from_grid
 from ..surgery import SparseInfo, make_sparse, mark_sparse, replace_module, sparse_layers
 from .state_file import SparseState
 

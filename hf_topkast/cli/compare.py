@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from ..block_order import inverse, row_stride
 from ..headers import FileHeader, as_floats, unpack_bits
-from ..storage import inverse, row_stride
 from .checkpoint import Checkpoint, open_checkpoint
 from .output import AsJson, print_json, print_lines, print_table, share, waiting
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..block_order import inverse
 from ..ops import composite, masked_linear, prepare_one_token, runs_one_token, select_backend
 from ..ops.reference import expand_active
 from ..ops.reordering import reorder
@@ -11,7 +12,6 @@ from ..storage import (
     Pattern,
     SparseStorage,
     full,
-    inverse,
     local,
     sum_over_ranks,
     unpack_bits,

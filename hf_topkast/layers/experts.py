@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..block_order import inverse
 from ..ops import runs_one_token
 from ..ops.grouped import owners
 from ..ops.reordering import reorder
-from ..storage import dense_state, inverse
+from ..storage import dense_state
 from .grouped import TopKastGroupedLinear
 from .stacked import GroupedProduct, StackedMatrices
 

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..block_order import inverse
 from ..ops import prepare_one_token
 from ..ops.grouped import grouped_linear
 from ..ops.reordering import reorder
-from ..storage import ExpertSquares, inverse
+from ..storage import ExpertSquares
 from .base import TopKastLayer
 from .stacked import GroupedProduct
 

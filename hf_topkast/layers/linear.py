@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..block_order import row_stride
 from ..config import TopKastConfig
-from ..storage import row_stride, to_grid
+from ..storage import to_grid
 from .base import TopKastLayer
 from .experts import ExpertStack
 from .grouped import TopKastGroupedLinear

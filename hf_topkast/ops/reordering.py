@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..storage import inverse, reordered
+from ..block_order import inverse
+from ..storage import reordered
 from . import composite
 
 

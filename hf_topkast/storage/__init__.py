@@ -32,7 +32,7 @@ from .pattern import (
 )
 from .reservoir import NOWHERE, Arriving, assemble_theta
 from .resharding import find_handles
-from .scattering import from_grid, inverse, reordered, row_stride, to_grid
+from .scattering import from_grid, reordered, to_grid
 from .set_watch import mixture
 from .state_dict import STRUCTURE, dense_state
 from .store import LIVING, TRACKING, SparseStorage
@@ -59,7 +59,6 @@ __all__ = [
     "find_handles",
     "from_grid",
     "full",
-    "inverse",
     "is_sharded",
     "local",
     "mixture",
@@ -69,7 +68,6 @@ __all__ = [
     "prefix_here",
     "raise_together",
     "reordered",
-    "row_stride",
     "scored",
     "set_digest",
     "set_sizes",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..block_order import row_stride
 from .change import Change
 from .column_walk import ColumnWalk
 from .distributed import SHARDS_INTEGERS, full, is_sharded, local, part_of, shard_like
@@ -17,7 +18,7 @@ from .parts import Part, parts_of
 from .pattern import Pattern, blocks_of, pack_bits, take_slots
 from .reservoir import NOWHERE, assemble_theta, put_to_rest, take_reservoir
 from .resharding import reshard
-from .scattering import from_grid, row_stride, to_grid
+from .scattering import from_grid, to_grid
 from .set_watch import SetWatch
 from .state_dict import STRUCTURE, StoredState
 

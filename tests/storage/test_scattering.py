@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_topkast import sparsify
+from hf_topkast.block_order import inverse, row_stride
 from hf_topkast.ops import BACKENDS, runs_one_token
 from hf_topkast.ops.reordering import reorder
-from hf_topkast.storage import from_grid, inverse, reordered, row_stride, to_grid
+from hf_topkast.storage import from_grid, reordered, to_grid
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 3))
