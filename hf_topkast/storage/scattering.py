@@ -31,7 +31,13 @@ def reordered(x: Tensor, stride: int, dim: int = -1) -> Tensor:
     Returns:
         `torch.Tensor`: of the shape of `x`; `x` itself, if there is nothing to do.
     """
-    return x if stride == 1 else x.index_select(dim, _order(x, stride, dim))
+    if stride == 1:
+        return x
+    order = _order(x, stride, dim)
+    if dim not in (-1, x.ndim - 1):
+        return x.index_select(dim, order)
+    rows = x.reshape(-1, x.shape[-1])  # of more dimensions index_select takes ten times as long on a CPU
+    return rows.gather(1, order.expand(rows.shape)).view(x.shape)
 
 
 def _order(x: Tensor, stride: int, dim: int) -> Tensor:
