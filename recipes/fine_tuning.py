@@ -89,13 +89,6 @@ def load_dense(name_or_path: str) -> PreTrainedModel:
     return model
 
 
-def check_length(model: PreTrainedModel, name: str, tokens: int | None) -> None:
-    """Raises a `ValueError` if a field, where it is given, asks for more tokens at once than a model can read."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and tokens is not None and longest < tokens:
-        raise ValueError(f"`{name}` is {tokens:,}, but the model reads {longest:,} tokens at most. Use a smaller one.")
-
-
 def calibration_arguments(
     tuning: FineTuningArguments, windows: Sequence[Any], tokens_of: Callable[[Any], Tensor], resumed: bool
 ) -> dict[str, Any]:

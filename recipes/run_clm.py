@@ -23,7 +23,6 @@ from fine_tuning import (
     PROMPT_TOKENS,
     Stages,
     calibration_arguments,
-    check_length,
     evaluate,
     load_dense,
     settle_fine_tuning,
@@ -32,6 +31,7 @@ from fine_tuning import (
     weight_file_bytes,
 )
 from metrics import BitsPerByte, WordPerplexity, make_compute_metrics, token_nats
+from model_checks import check_causal, check_length
 from results import count_training_flops, describe_environment, format_table, measure_model, write_results
 from transformers import (
     AutoConfig,
@@ -227,23 +227,8 @@ def build_model(args: ModelArguments, corpus: Corpus, window: int) -> PreTrained
             f"{vocab_size:,}. {way if args.model_name_or_path else 'Leave `vocab_size` out of `config_overrides`.'}"
         )
     check_length(model, "window", window)
-    if not is_causal(model, min(window, 8)):
-        raise ValueError(
-            f"`{args.model_name_or_path or args.model_type}` predicts tokens from those that come after them, so its "
-            "loss would mean nothing. Give `config_overrides: {is_decoder: true}`, if it has that, or another model."
-        )
+    check_causal(model, args.model_name_or_path or args.model_type, window)
     return model
-
-
-@torch.no_grad()
-def is_causal(model: PreTrainedModel, count: int) -> bool:
-    """Whether what a model makes of the first of so many tokens is the same whatever the last one is."""
-    training = model.training
-    tokens = torch.arange(count).repeat(2, 1)
-    tokens[1, -1] += 1
-    logits = model.eval()(tokens % len(model.get_input_embeddings().weight)).logits[:, :-1]
-    model.train(training)
-    return count == 1 or bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits.abs().max())
 
 
 def metric_for(name: str, split: Split) -> Callable:

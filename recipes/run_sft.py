@@ -20,13 +20,13 @@ from fine_tuning import (
     Stages,
     autocast,
     calibration_arguments,
-    check_length,
     load_dense,
     settle_fine_tuning,
     teacher_arguments,
     tokens_per_second,
     weight_file_bytes,
 )
+from model_checks import check_causal, check_length
 from results import describe_environment, format_table, measure_model, write_results
 from rows import encode, hold_out, load_rows
 from run_clm import find_checkpoint
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
     model = load_dense(sft_args.model_name_or_path).to(training_args.device)
     check_length(model, "max_length", training_args.max_length)
+    check_causal(model, sft_args.model_name_or_path, training_args.max_length)
 
     def measure() -> dict[str, float]:
         with autocast(training_args):

@@ -17,7 +17,7 @@ from rows import encode, hold_out, load_rows
 from run_sft import DistilledSFTTrainer, SftArguments, main
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 from vocabulary import byte_tokenizer
 
@@ -233,6 +233,16 @@ def test_settings_that_do_not_go_together_are_errors_before_data_is_read(folder,
 def test_rows_longer_than_the_model_reads_are_an_error(folder):
     with pytest.raises(ValueError, match="`max_length` is 65, but the model reads 64 tokens at most"):
         run(folder, "wrong", "--max_length", "65")
+
+
+def test_a_model_that_sees_later_tokens_is_refused(folder, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="bert` predicts tokens from those that come after them"):
+        run(folder, "wrong", "--model_name_or_path", str(tmp_path / "bert"))
 
 
 def test_a_sparse_model_is_refused(folder, tmp_path):
