@@ -73,7 +73,7 @@ def train(run: str, args: argparse.Namespace) -> dict | None:
         "valid": results["valid_bits_per_byte"],
         "test": results["test_bits_per_byte"],
         "non-zeros": results["nonzero_parameters"],
-        "state MB": results["state_bytes"] / 1e6,
+        "state MB": results["peak_state_bytes"] / 1e6,
         "train seconds": results["train_seconds"],
     }
 

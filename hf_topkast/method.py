@@ -96,6 +96,7 @@ class Method:
         defaults (`Mapping`): fields of the configuration that it gives a default of its own, a value or a function of
             the configuration. Of `drop_share`, `drop_end`, `drop_decay` and `update_until` it takes those named here.
         needs (`str`): what it needs beyond |B| numbers, as the report says it.
+        source (`str`): what it is, or what to cite, in Markdown, for model cards.
     """
 
     choose: Callable[[LayerView], Tensor | tuple[Tensor, Tensor]]
@@ -108,6 +109,7 @@ class Method:
     ranks: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     needs: str = "nothing"
+    source: str = ""
 
 
 # What only methods that exchange a share of A take: those that name a default for it.
@@ -185,3 +187,9 @@ def register_method(name: str, choose: Callable[..., Any] | None = None, **prope
 
 
 _OWN: set[str] = set()
+
+
+def describe_method(name: str) -> str:
+    """How model cards call a method: by its setting, and with what to cite."""
+    source = get_method(name).source
+    return f'`method="{name}"`' + (f" ({source})" if source else "")

@@ -1,4 +1,4 @@
-"""What is shown and noted while a run trains: how far it is, how its sets change, and how long it takes."""
+"""What is shown and noted while a run trains: how far it is, how its sets change, and what it takes."""
 
 import os
 import sys
@@ -6,12 +6,15 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils.logging import disable_progress_bar
 
+from hf_topkast import sparsity_report
 from hf_topkast.layer_log import read_layers
+from hf_topkast.surgery import sparse_layers
 
 
 # What stands beside the bar, by the key that it is logged under.
@@ -148,3 +151,39 @@ class Stopwatch(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """For `trainer_state.json`."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+class Costs(TrainerCallback, ExportableState):
+    """
+    What the steps take of a model whose sets may change at any refresh.
+
+    Attributes:
+        passes (`float`): Products with the weights of the sparse layers, as multiples of these, summed over the steps:
+            for each token 2 FLOPs a weight of A forward, 2 for the gradient of the input, 2 a weight of B for that of
+            the weight. 6 a step in a dense model.
+        peak_state_bytes (`int`): The most that parameters, gradients and Adam moments, indices and reservoir took.
+    """
+
+    def __init__(self):
+        self.passes, self.peak_state_bytes = 0.0, 0
+        self._sizes: tuple[int, int] | None = None
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        """Starts, from what the checkpoint's run had taken."""
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.passes, self.peak_state_bytes = saved["attributes"].values() if saved else (0.0, 0)
+        self._layers = [layer for _, layer in sparse_layers(model)]
+        self._weights = sum(layer.numel for layer in self._layers)
+
+    def on_step_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        """Adds what the step is going to take."""
+        sizes = tuple(sum(size) for size in zip(*((each.active_count, each.values.numel()) for each in self._layers)))
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self.peak_state_bytes = max(self.peak_state_bytes, sparsity_report(model).trainable_state_bytes)
+        active, backward = sizes or (1, 1)
+        self.passes += (4 * active + 2 * backward) / (self._weights or 1)
+
+    def state(self) -> dict:
+        """For `trainer_state.json`."""
+        return {"args": {}, "attributes": {"passes": self.passes, "peak_state_bytes": self.peak_state_bytes}}

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_topkast
 from hf_topkast import TopKastConfig, sparsity_report
 from hf_topkast.layers import TopKastLayer, expert_stacks
+from hf_topkast.method import describe_method
 
 
 # What is measured of a pretrained model, and when: a column's title, and how its keys end.
@@ -45,9 +46,7 @@ def measure_model(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def count_training_flops(
-    model: PreTrainedModel, tokens: int, steps: int, at_first: dict[str, Any], log_history: list[dict[str, Any]]
-) -> dict[str, int]:
+def count_training_flops(model: PreTrainedModel, tokens: int, passes: float = 6.0) -> dict[str, int]:
     """
     FLOPs of the whole training, of this model and of the dense one.
 
@@ -57,27 +56,18 @@ def count_training_flops(
     products of activations, biases, norms, the optimizer, evaluation, recomputation, and gradients that a method wants
     only to choose weights.
 
-    Densities are those that were logged: each holds until the next one, which is exact where refreshes happen at
-    logging steps.
-
     Args:
         model ([`~transformers.PreTrainedModel`]): Sparse or dense.
         tokens (`int`): Seen in training.
-        steps (`int`): Optimizer steps that saw them.
-        at_first (`dict[str, Any]`): What [`measure_model`] said before training.
-        log_history (`list[dict[str, Any]]`): Trainer's.
+        passes (`float`): FLOPs for each token and weight of the sparse layers, as [`Costs`] counts them, mean over the
+            steps.
 
     Returns:
         `dict[str, int]`: `training_flops` and `dense_training_flops`.
     """
     sparse, dense = count_multiplied_weights(model)
-    logged = [(entry["step"], entry) for entry in log_history if "topkast/density" in entry]
-    points = [(0, at_first["density"], at_first["backward_density"])]
-    points += [(step, entry["topkast/density"], entry["topkast/backward_density"]) for step, entry in logged]
-    ends = [*(step for step, *_ in points[1:]), steps]
-    shares = [(4 * a + 2 * b) * (end - step) / max(1, steps) for (step, a, b), end in zip(points, ends)]
     return {
-        "training_flops": round(tokens * (sum(shares) * sparse + 6 * dense)),
+        "training_flops": round(tokens * (passes * sparse + 6 * dense)),
         "dense_training_flops": 6 * tokens * (sparse + dense),
     }
 
@@ -171,8 +161,8 @@ def write_results(
     ]
     if model_args.sparse:
         lines.append(
-            "Trained with Top-KAST ([Jayakumar et al., 2020](https://arxiv.org/abs/2106.03517)): the projections of "
-            f"the decoder blocks have {results['density']:.1%} of their weights in the forward pass and "
+            f"Trained with hf_topkast, {describe_method(topkast_config.method)}: at the end the projections of the decoder "
+            f"blocks have {results['density']:.1%} of their weights in the forward pass and "
             f"{results['backward_density']:.1%} in the backward pass; everything else is dense."
         )
     lines.append(f"\n```\n{format_table(results)}\n```\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from arguments import ModelArguments, parse_arguments, refuse_unknown_keys
-from callbacks import Progress, Stopwatch
+from callbacks import Costs, Progress, Stopwatch
 from data import Corpus, Split, load_corpus
 from fine_tuning import (
     PROMPT_TOKENS,
@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> dict:
         compute_metrics=metric_for(metric, corpus.splits["valid"]),
         **teacher_arguments(tuning, pretrained),
     )
-    stopwatch = Stopwatch()
+    stopwatch, costs = Stopwatch(), Costs()
     trainer.add_callback(stopwatch)
+    trainer.add_callback(costs)
     Progress.take_over(trainer)
     if model_args.sparse:
         trainer.add_callback(TopKastLayerLogger())
-    at_first = measure_model(model)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
         results[f"{name}_{metric}"] = measured[f"{name}_{metric}"]
         results |= {f"{name}_bytes": split.num_bytes, f"{name}_words": split.num_words}
     trainer.save_state()
-    results |= measure_model(model)
+    results |= measure_model(model) | {"peak_state_bytes": costs.peak_state_bytes}
     if pretrained:
         results |= stages.values | {"weight_file_bytes": weight_file_bytes(training_args.output_dir)}
         if not trainer.is_fsdp_enabled:  # which spreads the weights over processes: no model to generate with
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
         "tokens": tokens,
         "steps": steps,
         "train_seconds": stopwatch.seconds,
-        **count_training_flops(model, tokens, steps, at_first, trainer.state.log_history),
+        **count_training_flops(model, tokens, costs.passes / max(1, steps)),
         "seed": training_args.seed,
         "data_fingerprint": corpus.fingerprint,
         **describe_environment(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from arguments import FineTuningArguments, parse_arguments, refuse_missing_directory
-from callbacks import Progress, Stopwatch
+from callbacks import Costs, Progress, Stopwatch
 from fine_tuning import (
     PROMPT_TOKENS,
     Stages,
@@ -125,14 +125,16 @@ def main(argv: list[str] | None = None) -> dict:
         processing_class=tokenizer,
         **teacher_arguments(tuning, sft_args.model_name_or_path),
     )
-    stopwatch = Stopwatch()
+    stopwatch, costs = Stopwatch(), Costs()
     trainer.add_callback(stopwatch)
+    trainer.add_callback(costs)
     Progress.take_over(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
 
     results = {"dataset": sft_args.dataset, **measure_model(model), **stages.values, **measure()}
+    results["peak_state_bytes"] = costs.peak_state_bytes
     results["weight_file_bytes"] = weight_file_bytes(training_args.output_dir)
     if not trainer.is_fsdp_enabled:  # which spreads the weights over processes: no model to generate with
         results |= time_generation()

@@ -41,7 +41,7 @@ def draw_plots(sweep: Sweep, finished: dict[Path, dict]) -> list[Path]:
         _against(sweep, lines, points, "density", "density of the sparse layers"),
         _against(sweep, lines, points, "density", "density of the sparse layers", gap=True),
         _against(sweep, lines, points, "training_flops", "training FLOPs"),
-        _against(sweep, lines, points, "state_bytes", "bytes of training state"),
+        _against(sweep, lines, points, "peak_state_bytes", "bytes of training state, at most"),
         _losses(sweep, {name: read_losses(runs[0].folder) for name, (_, runs) in found.items()}),
         _churn(sweep, {name: read_churn(runs[0].folder) for name, (_, runs) in found.items()}),
     ]

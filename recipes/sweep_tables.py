@@ -13,7 +13,7 @@ from sweep_plan import Row, Run, Sweep, metric_of
 
 
 # What a row has besides the metric, as means over its seeds.
-AVERAGED = ("density", "backward_density", "nonzero_parameters", "state_bytes", "training_flops", "train_seconds")
+AVERAGED = ("density", "backward_density", "nonzero_parameters", "peak_state_bytes", "training_flops", "train_seconds")
 
 
 def read_results(sweep: Sweep, known: dict[Path, dict] | None = None) -> dict[Path, dict]:
@@ -147,7 +147,8 @@ def _about(sweep: Sweep, metrics: list[str], finished: dict[Path, dict]) -> str:
         + (f"; mean ± standard deviation over {many} seeds" if many > 1 else "")
         + f". `{sweep.tune}` is the best of those tried, on valid, by {of}; *edge*: it is the smallest or largest of "
         "them, and a better one may lie beyond. Gap: test, minus that of row `dense`. Non-zeros: parameters that the "
-        "forward pass uses. Training state: parameters, gradients, two Adam moments, indices, reservoir. Training "
+        "forward pass uses at the end. Training state: parameters, gradients, two Adam moments, indices, reservoir, at "
+        "their most. Training "
         "FLOPs: products with weights, 2·(2·#A + #B) a token and sparse layer, 6·n a dense one.\n"
     ]
     places = sorted({f"{r['device']}, commit {str(r['git_commit'])[:10]}" for r in finished.values()})
@@ -170,7 +171,7 @@ def _row_cells(sweep: Sweep, summary: dict[str, Any]) -> dict[str, str]:
         "seeds": str(summary["seeds"]),
         "gap to dense": "" if gap is None else f"{gap:+.4f}",
         "non-zeros": f"{summary['nonzero_parameters']:,.0f}",
-        "training state": f"{summary['state_bytes'] / 1e6:,.1f} MB",
+        "training state": f"{summary['peak_state_bytes'] / 1e6:,.1f} MB",
         "training FLOPs": f"{summary['training_flops']:.3g}",
         "seconds": f"{summary['train_seconds']:,.0f}",
     }

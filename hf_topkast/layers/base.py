@@ -26,7 +26,7 @@ class TopKastLayer(SparseStorage):
     Attributes:
         gradient_watch (`Callable`, *optional*): called with input and output of each product, while a refresh is going
             to need more gradients than those of B.
-        input_watch ([`InputSquares`], *optional*): sees the inputs of passes that gradients can be taken of, while a
+        input_watch ([`InputSquares`], *optional*): sees the inputs of passes that gradients are taken of, while a
             refresh is going to need them.
         powerprop_alpha (`float`): what `TopKastConfig.powerprop_alpha` says.
     """
@@ -88,7 +88,7 @@ class TopKastLayer(SparseStorage):
         if self.gradient_watch is not None:
             self.gradient_watch(x, y, *ends)
         if self.input_watch is not None and y.requires_grad:  # in either mode: from_pretrained gives evaluation mode
-            self.input_watch.add(x, *ends)
+            self.input_watch.add_if_trained(y, x, *ends)
 
     def new_input_watch(self) -> InputSquares:
         """What sees the sizes of this layer's inputs, as its `input_watch`."""

@@ -31,7 +31,8 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, stride: int) -> Tensor:
         ctx.back = inverse(stride, int(x.shape[-1]))
-        return reordered(x, stride)
+        y = reordered(x, stride)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view of a local tensor: may be changed in place
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:

@@ -38,11 +38,17 @@ def cost_rows(runs: Sequence[Run]) -> Rows:
     dense = [run for run in runs if not run.sparse and _pace(run)]
     if len(dense) == 1 and len(runs) > 1:
         rows.append((f"speed, over {dense[0].name}", _each(runs, lambda run: _speed(run, dense[0]), "{:.2f}×")))
+    memory = _each(runs, lambda run: _over(run, "peak_state_bytes", "dense_state_bytes"), "{:.2f}")
+    flops = _each(runs, lambda run: _over(run, "training_flops", "dense_training_flops"), "{:.2f}")
     rows += [
-        ("training state", _each(runs, lambda run: run.results.get("state_bytes"), _mebibytes)),
+        ("training state, at most", _each(runs, lambda run: run.results.get("peak_state_bytes"), _mebibytes)),
+        ("training state, at the end", _each(runs, lambda run: run.results.get("state_bytes"), _mebibytes)),
         ("training state, dense", _each(runs, lambda run: run.results.get("dense_state_bytes"), _mebibytes)),
-        ("memory, over dense", _each(runs, lambda run: _over(run, "state_bytes"), "{:.2f}")),
-        ("training FLOPs, over dense", _each(runs, lambda run: _over(run, "training_flops"), "{:.2f}")),
+        ("memory, over dense", memory),
+        (
+            "training FLOPs, over dense",
+            _each(runs, lambda run: _over(run, "training_flops", "dense_training_flops"), "{:.2f}"),
+        ),
         ("device", _each(runs, lambda run: run.results.get("device"), "{}")),
     ]
     return _told(rows)
@@ -80,8 +86,8 @@ def _said(setting: Any) -> str | None:
     return None if setting in (None, [], {}, "") else str(setting)
 
 
-def _over(run: Run, key: str) -> float | None:
-    mine, dense = run.results.get(key), run.results.get(f"dense_{key}")
+def _over(run: Run, key: str, dense_key: str) -> float | None:
+    mine, dense = run.results.get(key), run.results.get(dense_key)
     return mine / dense if mine and dense else None
 
 

@@ -109,12 +109,13 @@ class ValueChanges:
     def _apply_penalty(self, layer: TopKastLayer, group: dict, density: float):
         if self.config.penalty == 0:
             return
-        place = active_here(layer), density
+        place, penalty = (active_here(layer), density), self.config.penalty
         if self.config.penalty_mode == "decoupled":
-            shrink(local(layer.values), *place, group["lr"] * self.config.penalty)
+            shrink(local(layer.values), *place, group["lr"] * penalty)
         else:  # a fused optimizer under a gradient scaler unscales inside its step: scale the penalty alike
             scale = getattr(self.optimizer, "grad_scale", None)
-            add_penalty(local(layer.values.grad), local(layer.values), *place, self.config.penalty, scale)
+            strength = -penalty if group.get("maximize") else penalty  # a cost, where the loss is to grow
+            add_penalty(local(layer.values.grad), local(layer.values), *place, strength, scale)
 
 
 def active_here(layer: TopKastLayer) -> int:

@@ -26,6 +26,7 @@ from ..checkpoints import (
     load_checkpoint,
 )
 from ..config import TopKastConfig
+from ..method import describe_method
 from ..sets import get_method
 from ..storage import local, raise_together
 from ..surgery import count_sparsity, keep_buffers_from_ddp, sparse_info, sparse_layers
@@ -131,10 +132,10 @@ class TopKastTrainerMixin(MixedInto):
         """As the base trainer's, with the densities of every layer at the end."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            counts = count_sparsity(self.model)
+            counts, method = count_sparsity(self.model), describe_method(sparse_info(self.model).config.method)
             with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as file:
                 file.write(
-                    "\n## Sparsity\n\nTrained with hf_topkast (Top-KAST). The forward pass uses "
+                    f"\n## Sparsity\n\nTrained with hf_topkast, {method}. The forward pass uses "
                     f"{counts.nonzero_parameters:,} of {counts.total_parameters:,} parameters; whatever is not in the "
                     f"table is dense.\n\n{counts.to_markdown()}\n"
                 )

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from callbacks import Progress, Stopwatch, read_churn
+from callbacks import Costs, Progress, Stopwatch, read_churn
 from results import count_training_flops, measure_model
 from tiny_families import make_family
 from transformers import (
@@ -16,9 +16,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_topkast import sparsify
+from hf_topkast import TopKastController, sparsify
 from hf_topkast.layer_log import append_entry
 from hf_topkast.layers import expert_stacks
+from hf_topkast.surgery import sparse_layers
 
 
 @pytest.fixture
@@ -117,31 +118,62 @@ def test_flops_of_experts_are_those_of_the_experts_of_a_token():
     rest = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     assert experts > rest > 0
     dense = dict.fromkeys(("training_flops", "dense_training_flops"), 600 * (experts + rest))
-    assert count_training_flops(model, 100, 10, measure_model(model), []) == dense
+    assert count_training_flops(model, 100) == dense
     head = model.lm_head.weight.numel()
     sparsify(model, density=0.25, backward_density=0.5)
-    flops = count_training_flops(model, 100, 10, measure_model(model), [])
+    flops = count_training_flops(model, 100, 4 * 0.25 + 2 * 0.5)
     assert flops["training_flops"] == 100 * (2 * (experts + rest - head) + 6 * head)
     assert flops["dense_training_flops"] == dense["training_flops"]
 
 
-def test_flops_follow_the_logged_densities():
-    config = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+TINY = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+
+
+def costs_of(model, steps, costs=None, state=None, **arguments):
+    """Trains with a refresh every two steps, and counts at each what a step is going to take."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if any(sparse_layers(model)):
+        TopKastController(model, optimizer, **arguments)
+    costs, states = costs or Costs(), []
+    costs.on_train_begin(None, state or TrainerState(), None, model=model)
+    for _ in range(steps):
+        costs.on_step_begin(None, None, None, model=model)
+        states.append(measure_model(model))
+        tokens = torch.randint(0, 32, (2, 8))
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return costs, states
+
+
+def test_costs_of_a_dense_model_are_those_of_all_its_weights():
     projections, head = 2 * 12 * 8**2, 32 * 8
-    dense = GPT2LMHeadModel(config)
-    flops = count_training_flops(dense, 100, 10, measure_model(dense), [])
+    model = GPT2LMHeadModel(TINY)
+    costs, measured = costs_of(model, 3)
+    assert costs.passes == 3 * 6 and costs.peak_state_bytes == measured[0]["dense_state_bytes"]
+    flops = count_training_flops(model, 100, costs.passes / 3)
     assert flops == dict.fromkeys(("training_flops", "dense_training_flops"), 600 * (projections + head))
 
-    model = sparsify(GPT2LMHeadModel(config), density=0.25, backward_density=0.5)
-    at_first = measure_model(model)
-    flops = count_training_flops(model, 100, 10, at_first, [{"step": 3, "loss": 1.0}])
-    assert flops["training_flops"] == 100 * ((4 * 0.25 + 2 * 0.5) * projections + 6 * head)
-    assert flops["dense_training_flops"] == 600 * (projections + head)
-    history = [
-        {"step": 4, "topkast/density": 0.25, "topkast/backward_density": 0.25},
-        {"step": 8, "topkast/density": 0.125, "topkast/backward_density": 0.125},
-        {"step": 8, "train_loss": 1.0},
-    ]
-    flops = count_training_flops(model, 100, 10, at_first, history)
-    share = (4 * 2.0 + 4 * 1.5 + 2 * 0.75) / 10
-    assert flops["training_flops"] == 100 * (share * projections + 6 * head)
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "magnitude_pruning"}, {"initial_density": 1.0}, {"explore_until": 8}]
+)
+def test_costs_are_those_of_every_step_and_the_peak(settings):
+    torch.manual_seed(0)
+    model = sparsify(GPT2LMHeadModel(TINY), density=0.25, refresh_every=2, **settings)
+    costs, measured = costs_of(model, 12, total_steps=12)
+    assert costs.passes == pytest.approx(sum(4 * m["density"] + 2 * m["backward_density"] for m in measured))
+    assert costs.peak_state_bytes == max(m["state_bytes"] for m in measured)
+    assert (costs.peak_state_bytes > measured[-1]["state_bytes"]) == bool(settings)
+    flops = count_training_flops(model, 100, costs.passes / 12)
+    assert flops["training_flops"] == round(100 * (costs.passes / 12 * 2 * 12 * 8**2 + 6 * 32 * 8))
+
+
+def test_costs_go_on_where_the_checkpoint_was():
+    model = sparsify(GPT2LMHeadModel(TINY), density=0.25)
+    first, _ = costs_of(model, 2)
+    first.peak_state_bytes = 10**9
+    resumed, _ = costs_of(model, 3, Costs(), TrainerState(global_step=2, stateful_callbacks=[first]))
+    assert resumed.passes == pytest.approx(5 * (4 * 0.25 + 2 * 0.5)) and resumed.peak_state_bytes == 10**9
+    again, _ = costs_of(model, 1, Costs(), TrainerState(global_step=0, stateful_callbacks=[first]))
+    assert again.passes == pytest.approx(2)

@@ -153,6 +153,7 @@ def test_a_cut_costs_less_where_weights_are_corrected_and_nothing_on_a_schedule(
     scheduled = runs("scheduled")
     assert scheduled["valid_bits_per_byte_at_cut"] == pytest.approx(before, rel=1e-6), "nothing is cut yet"
     assert scheduled["state_bytes"] < scheduled["state_bytes_at_cut"] > scheduled["state_bytes_before"]
+    assert scheduled["peak_state_bytes"] == scheduled["state_bytes_at_cut"]
 
 
 def test_calibration_sets_the_score_of_the_saved_model(runs, folder):

@@ -106,6 +106,7 @@ def test_sizes_of_a_dense_and_a_sparse_run(runs):
     assert (sparse["density"], sparse["backward_density"]) == (0.25, 0.5)
     assert sparse["nonzero_parameters"] == dense["parameters"] - 0.75 * projections
     assert sparse["state_bytes"] < sparse["dense_state_bytes"] == dense["state_bytes"]
+    assert all(run["peak_state_bytes"] == run["state_bytes"] for run in (dense, sparse))
 
 
 def test_sparse_run_saves_a_sparse_model_and_its_churn(runs, folder):
@@ -122,6 +123,7 @@ def test_output_folder_has_card_and_tokenizer(runs, folder, kind):
     assert f"A {kind} causal language model, trained from a new gpt2 model on `text`" in card
     assert f"{runs[kind]['test_bits_per_byte']:.4f}" in card
     assert ("25.0%" in card) == (kind == "sparse")
+    assert ('`method="topkast"` (Top-KAST, [Jayakumar et al., 2020]' in card) == (kind == "sparse")
     assert AutoTokenizer.from_pretrained(folder / kind)("ab")["input_ids"] == [97, 98]
 
 

@@ -37,7 +37,7 @@ if settings["window"] == 13:
 (folder / "model.safetensors").write_text("weights")
 score = 1 + abs(settings["learning_rate"] - 0.002) * 100 + settings["seed"] / 10
 results = {"valid_bits_per_byte": score, "test_bits_per_byte": score + 1, "density": 0.2, "backward_density": 0.4}
-results |= {"nonzero_parameters": 10, "state_bytes": 1e6, "training_flops": 1e9, "train_seconds": 3.0, "steps": 5}
+results |= {"nonzero_parameters": 10, "peak_state_bytes": 1e6, "training_flops": 1e9, "train_seconds": 3.0, "steps": 5}
 results |= {"tokens": 100, "device": "pretended", "git_commit": None, "seed": settings["seed"]}
 history = [{"loss": score + 1 / step, "step": step} for step in range(1, 31)]
 (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))

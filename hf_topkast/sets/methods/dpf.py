@@ -18,4 +18,5 @@ METHOD = Method(
     backward_ratio=math.inf,
     defaults={"refresh_every": 16, "penalty": 0.0, "initial_density": 1.0},
     needs="values, gradients and moments of all weights: B is everything",
+    source="DPF, [Lin et al., 2020](https://arxiv.org/abs/2006.07253)",
 )

@@ -50,4 +50,5 @@ METHOD = Method(
         "update_until": 1.0,
     },
     needs="inputs and output gradients of every sparse layer, for the steps that end in a refresh",
+    source="GSE, [Heddes et al., 2024](https://arxiv.org/abs/2401.06898)",
 )

@@ -26,4 +26,5 @@ METHOD = Method(
     ranks=True,
     defaults={"initial_density": 1.0, "schedule_begin": 0.25, "schedule_end": 0.75},
     needs="a dense start: all weights, gradients and moments until the schedule begins",
+    source="gradual magnitude pruning, [Zhu and Gupta, 2017](https://arxiv.org/abs/1710.01878)",
 )

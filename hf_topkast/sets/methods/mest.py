@@ -33,4 +33,5 @@ METHOD = Method(
     keeps_values=False,
     gradient="active",
     defaults={"drop_share": _drop_share, "drop_end": 0.0, "drop_decay": "staged", "update_until": 0.75},
+    source="MEST, [Yuan et al., 2021](https://arxiv.org/abs/2110.14032)",
 )

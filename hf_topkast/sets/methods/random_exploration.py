@@ -12,4 +12,10 @@ def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     return active, active | random_mask(~active, view.backward_size - view.size, view.generator)
 
 
-METHOD = Method(choose, explores=True, backward_ratio=2.0, ranks=True)
+METHOD = Method(
+    choose,
+    explores=True,
+    backward_ratio=2.0,
+    ranks=True,
+    source="Top-KAST with random exploration, [Jayakumar et al., 2020](https://arxiv.org/abs/2106.03517)",
+)

@@ -29,4 +29,5 @@ METHOD = Method(
     gradient="dense",
     defaults=DEFAULTS,
     needs="inputs and output gradients of every sparse layer, for the steps that end in a refresh",
+    source="RigL, [Evci et al., 2020](https://arxiv.org/abs/1911.11134)",
 )

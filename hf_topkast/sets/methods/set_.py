@@ -19,4 +19,9 @@ def choose(view: LayerView) -> Tensor:
 
 
 DEFAULTS = {"drop_share": 0.3, "drop_end": 0.0, "drop_decay": "cosine", "update_until": 0.75}
-METHOD = Method(choose, keeps_values=False, defaults=DEFAULTS)
+METHOD = Method(
+    choose,
+    keeps_values=False,
+    defaults=DEFAULTS,
+    source="SET, [Mocanu et al., 2018](https://arxiv.org/abs/1707.04780)",
+)

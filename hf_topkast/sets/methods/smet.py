@@ -17,6 +17,10 @@ def _drop_end(config: TopKastConfig) -> float:
     return min(0.005, 0.005 if config.drop_share is None else config.drop_share) if falls else 0.0
 
 
+def _new_state_warmup(config: TopKastConfig) -> int:  # no lambda: a copy of the controller is pickled with it
+    return 100 if config.new_state in (None, "fresh") else 0
+
+
 METHOD = Method(
     choose,
     keeps_values=False,
@@ -26,6 +30,7 @@ METHOD = Method(
         "drop_decay": "cosine",
         "update_until": 1.0,
         "new_state": "fresh",
-        "new_state_warmup": lambda config: 100 if config.new_state in (None, "fresh") else 0,
+        "new_state_warmup": _new_state_warmup,
     },
+    source="SMET, [arXiv 2606.00888](https://arxiv.org/abs/2606.00888)",
 )

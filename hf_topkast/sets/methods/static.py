@@ -14,5 +14,5 @@ def choose_random(view: LayerView) -> tuple[Tensor, Tensor]:
     return active, active | random_mask(~active, view.backward_size - view.size, view.generator)
 
 
-LARGEST = Method(topkast.choose, refreshes=False, explores=True, ranks=True)
-RANDOM = Method(choose_random, refreshes=False, explores=True)
+LARGEST = Method(topkast.choose, refreshes=False, explores=True, ranks=True, source="sets that never change")
+RANDOM = Method(choose_random, refreshes=False, explores=True, source="random sets that never change")

@@ -20,4 +20,10 @@ def choose(view: LayerView) -> tuple[Tensor, Tensor]:
     return active, backward | spread_mask(~backward, view.backward_size - int(backward.sum()))
 
 
-METHOD = Method(choose, explores=True, backward_ratio=2.0, ranks=True)
+METHOD = Method(
+    choose,
+    explores=True,
+    backward_ratio=2.0,
+    ranks=True,
+    source="Top-KAST, [Jayakumar et al., 2020](https://arxiv.org/abs/2106.03517)",
+)
