@@ -161,8 +161,8 @@ def write_results(
     ]
     if model_args.sparse:
         lines.append(
-            f"Trained with hf_topkast, {describe_method(topkast_config.method)}: at the end the projections of the decoder "
-            f"blocks have {results['density']:.1%} of their weights in the forward pass and "
+            f"Trained with hf_topkast, {describe_method(topkast_config.method)}: at the end the projections of the "
+            f"decoder blocks have {results['density']:.1%} of their weights in the forward pass and "
             f"{results['backward_density']:.1%} in the backward pass; everything else is dense."
         )
     lines.append(f"\n```\n{format_table(results)}\n```\n")

@@ -147,9 +147,9 @@ def _about(sweep: Sweep, metrics: list[str], finished: dict[Path, dict]) -> str:
         + (f"; mean ± standard deviation over {many} seeds" if many > 1 else "")
         + f". `{sweep.tune}` is the best of those tried, on valid, by {of}; *edge*: it is the smallest or largest of "
         "them, and a better one may lie beyond. Gap: test, minus that of row `dense`. Non-zeros: parameters that the "
-        "forward pass uses at the end. Training state: parameters, gradients, two Adam moments, indices, reservoir, at "
-        "their most. Training "
-        "FLOPs: products with weights, 2·(2·#A + #B) a token and sparse layer, 6·n a dense one.\n"
+        "forward pass uses at the end. Training state: parameters, gradients, two Adam moments, indices, reservoir, "
+        "at their most. Training FLOPs: products with weights, 2·(2·#A + #B) a token and sparse layer, 6·n a dense "
+        "one.\n"
     ]
     places = sorted({f"{r['device']}, commit {str(r['git_commit'])[:10]}" for r in finished.values()})
     lines += [f"Run on: {'; '.join(places)}.\n"] if places else []

@@ -45,10 +45,7 @@ def cost_rows(runs: Sequence[Run]) -> Rows:
         ("training state, at the end", _each(runs, lambda run: run.results.get("state_bytes"), _mebibytes)),
         ("training state, dense", _each(runs, lambda run: run.results.get("dense_state_bytes"), _mebibytes)),
         ("memory, over dense", memory),
-        (
-            "training FLOPs, over dense",
-            _each(runs, lambda run: _over(run, "training_flops", "dense_training_flops"), "{:.2f}"),
-        ),
+        ("training FLOPs, over dense", flops),
         ("device", _each(runs, lambda run: run.results.get("device"), "{}")),
     ]
     return _told(rows)

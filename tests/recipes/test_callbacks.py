@@ -155,9 +155,10 @@ def test_costs_of_a_dense_model_are_those_of_all_its_weights():
     assert flops == dict.fromkeys(("training_flops", "dense_training_flops"), 600 * (projections + head))
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"method": "magnitude_pruning"}, {"initial_density": 1.0}, {"explore_until": 8}]
-)
+CHANGING = [{"method": "magnitude_pruning"}, {"initial_density": 1.0}, {"explore_until": 8}]
+
+
+@pytest.mark.parametrize("settings", [{}, *CHANGING])
 def test_costs_are_those_of_every_step_and_the_peak(settings):
     torch.manual_seed(0)
     model = sparsify(GPT2LMHeadModel(TINY), density=0.25, refresh_every=2, **settings)
