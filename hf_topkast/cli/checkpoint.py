@@ -1,6 +1,7 @@
 """The files of a checkpoint, in a directory or on the hub, opened by their headers."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,10 @@ from ..headers import (
     TensorHeader,
     read_header,
 )
+
+
+# Weights that `save_pretrained(..., variant=...)` writes.
+VARIANT = re.compile(r"model\.([^.]+)\.safetensors(?:\.index\.json)?")
 
 
 class Checkpoint(NamedTuple):
@@ -99,6 +104,12 @@ def _instead(name: str, files: set[str]) -> str:
         return f"give one of the checkpoints in it, such as {Path(name) / runs[-1]}."
     if "adapter_model.safetensors" in files:
         return "it holds adapters of PEFT, and what is sparse is the model that they are for."
+    variants = sorted(found[1] for found in map(VARIANT.fullmatch, files) if found)
+    if variants:
+        return (
+            f'its weights are of variant "{variants[0]}". Load it with from_pretrained(..., '
+            f'variant="{variants[0]}") and save it anew without.'
+        )
     if any(file.endswith(".bin") for file in files):
         return "its weights are pickled. Load it with from_pretrained and save it anew, which writes safetensors."
     return "give a directory that save_pretrained or Trainer has written."

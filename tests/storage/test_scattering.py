@@ -149,3 +149,16 @@ def test_copies_keep_the_order(clone):
     other, x = clone(layer), torch.randn(5, 32, dtype=torch.float64)
     assert other.row_stride == layer.row_stride != 1
     assert torch.equal(other(x), layer(x)) and "scattered" in repr(other)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_may_be_changed_in_place(bias):
+    """As Falcon adds its attention to what the MLP made."""
+    torch.manual_seed(0)
+    settings = {"density": 0.3, "block_size": 4, "scatter_blocks": True, "target_modules": ["0"]}
+    model = sparsify(nn.Sequential(nn.Linear(64, 64, bias=bias)), **settings)
+    x = torch.randn(3, 64)
+    (2 * model(x) + 1).square().sum().backward()
+    expected, model[0].values.grad = model[0].values.grad, None
+    model(x).mul_(2).add_(1).square().sum().backward()
+    assert torch.equal(model[0].values.grad, expected)

@@ -5,6 +5,7 @@ import torch
 from toy_models import make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify
+from hf_topkast.surgery import sparse_layers
 from hf_topkast.training.penalty import add_penalty, penalty_of, shrink
 
 
@@ -48,3 +49,21 @@ def test_a_penalty_that_pulls_as_hard_as_the_loss_is_said_once(strength, says, s
     said = [record.message for record in caplog.records if "exploration penalty" in record.message]
     assert len(said) == says
     assert all("penalty=10.0) pulls" in message and "penalty=0" in message for message in said)
+
+
+@pytest.mark.parametrize("settings", [{"penalty": 0.1}, {"penalty": 0.1, "penalty_mode": "decoupled"}], ids=str)
+def test_an_optimizer_that_maximizes_is_penalised_alike(settings):
+    """Going up minus the loss is going down the loss."""
+    trained = []
+    for maximize in (False, True):
+        model = sparsify(make_gpt2(), density=0.2, refresh_every=2, **settings)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, maximize=maximize)
+        TopKastController(model, optimizer)
+        for tokens in token_batches(4):
+            loss = model(tokens, labels=tokens).loss
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([layer.dense_weight() for _, layer in sparse_layers(model)])
+    for down, up in zip(*trained, strict=True):
+        assert torch.equal(down, up)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from masked_reference import MaskedLayer, MaskedTraining
+from tiny_families import make_family
 from toy_models import make_gpt2, make_llama, token_batches
 from toy_training import make_trainer, same_weights
 
@@ -178,6 +179,25 @@ def test_files_copies_and_averages_keep_the_norms(tmp_path):
     plain = sparsify(make_gpt2(), density=0.2)
     with pytest.raises(RuntimeError, match="input_norms"):
         plain.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "experts"])
+def test_a_pass_that_is_looked_at_only_does_not_move_the_norms(family):
+    """Forward with gradients on, as in an evaluation without `no_grad`, but never backward."""
+    norms = []
+    for looks in (False, True):
+        model = make_gpt2() if family == "gpt2" else make_family("mixtral")
+        sparsify(model, density=0.2, refresh_every=2, calibration=token_batches(1))
+        optimizer = adamw(model.parameters())
+        TopKastController(model, optimizer)
+        for tokens in token_batches(2):
+            if looks:
+                assert model(torch.full_like(tokens, 5)).logits.requires_grad
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        norms.append([layer.input_norms for _, layer in sparse_layers(model)])
+    assert all(map(torch.equal, *norms))
 
 
 def test_a_step_whose_inputs_are_no_numbers_leaves_the_norms_as_they_are():

@@ -1,3 +1,4 @@
+import pickle
 import re
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import torch
 from toy_models import make_gpt2
 
 from hf_topkast import LayerView, TopKastConfig, register_method, sparsify, sparsity_report
-from hf_topkast.method import METHODS, Method, get_method
+from hf_topkast.method import METHODS, Method, describe_method, get_method
 
 
 DOCS = Path(__file__).parents[3] / "docs" / "methods.md"
@@ -120,3 +121,16 @@ def halves(view: LayerView) -> torch.Tensor:
     mask = torch.zeros(view.theta.numel(), dtype=torch.bool)
     mask[: view.size] = True
     return mask.view_as(view.theta)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_method_can_be_pickled_and_says_what_it_is(name):
+    """As it is with a controller."""
+    method = pickle.loads(pickle.dumps(get_method(name)))
+    assert method.choose is get_method(name).choose
+    assert describe_method(name).startswith(f'`method="{name}"` (')
+
+
+def test_a_method_of_a_user_is_told_by_its_name(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method(get_method("set").choose))
+    assert describe_method("mine") == '`method="mine"`'
