@@ -6,16 +6,20 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from results import count_met_weights
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 from transformers.utils.logging import disable_progress_bar
 
 from hf_topkast import sparsity_report
 from hf_topkast.layer_log import read_layers
 from hf_topkast.surgery import sparse_layers
 
+
+logger = logging.get_logger("recipes.callbacks")
 
 # What stands beside the bar, by the key that it is logged under.
 TOLD = {"loss": "loss", "eval_loss": "eval loss", "topkast/density": "density", "topkast/mask_churn": "churn"}
@@ -140,8 +144,7 @@ class Stopwatch(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts, from where the checkpoint's run was."""
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        self._before = saved["attributes"]["seconds"] if saved else 0.0
+        self._before = _saved_attributes(self, state).get("seconds", 0.0)
         self._started = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -166,24 +169,43 @@ class Costs(TrainerCallback, ExportableState):
 
     def __init__(self):
         self.passes, self.peak_state_bytes = 0.0, 0
-        self._sizes: tuple[int, int] | None = None
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         """Starts, from what the checkpoint's run had taken."""
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        self.passes, self.peak_state_bytes = saved["attributes"].values() if saved else (0.0, 0)
         self._layers = [layer for _, layer in sparse_layers(model)]
-        self._weights = sum(layer.numel for layer in self._layers)
+        self._met = [count_met_weights(model, each.numel, getattr(each, "experts", None)) for each in self._layers]
+        self._sizes: list[tuple[float, float]] | None = None
+        saved = _saved_attributes(self, state)
+        self.peak_state_bytes = saved.get("peak_state_bytes", 0)
+        self.passes = saved.get("passes", 0.0)
+        if state.global_step and not saved:
+            self.passes = state.global_step * self._passes()
+            logger.warning(
+                "The checkpoint has no count of what steps take, as an earlier version wrote it: its "
+                f"{state.global_step:,} are counted as if the sets had had the sizes of now."
+            )
 
     def on_step_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         """Adds what the step is going to take."""
-        sizes = tuple(sum(size) for size in zip(*((each.active_count, each.values.numel()) for each in self._layers)))
+        sizes = [(each.density, each.backward_density) for each in self._layers]
         if sizes != self._sizes:
             self._sizes = sizes
             self.peak_state_bytes = max(self.peak_state_bytes, sparsity_report(model).trainable_state_bytes)
-        active, backward = sizes or (1, 1)
-        self.passes += (4 * active + 2 * backward) / (self._weights or 1)
+        self.passes += self._passes()
+
+    def _passes(self) -> float:
+        """Of the next step, mean over the weights that a token meets."""
+        shares = [4 * each.density + 2 * each.backward_density for each in self._layers]
+        return sum(met * share for met, share in zip(self._met, shares)) / sum(self._met) if shares else 6.0
 
     def state(self) -> dict:
         """For `trainer_state.json`."""
         return {"args": {}, "attributes": {"passes": self.passes, "peak_state_bytes": self.peak_state_bytes}}
+
+
+def _saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
+    """What the checkpoint that a run goes on from has of a callback; nothing if it begins, or if that one had none."""
+    name = type(callback).__name__
+    saved = state.stateful_callbacks.get(name) if state.global_step else None
+    state.stateful_callbacks.setdefault(name, callback.state())  # Trainer writes into it, and does not ask
+    return saved["attributes"] if saved else {}

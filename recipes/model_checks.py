@@ -32,10 +32,19 @@ def check_causal(model: PreTrainedModel, name: str, window: int | None) -> None:
 
 @torch.no_grad()
 def is_causal(model: PreTrainedModel, count: int) -> bool:
-    """Whether what a model makes of the first of so many tokens is the same whatever the last one is."""
+    """
+    Whether what a model makes of the first of so many tokens is the same whatever the last one is.
+
+    Raises:
+        `ValueError`: If its logits are no numbers.
+    """
     training = model.training
     tokens = torch.arange(count, device=model.device).repeat(2, 1)
     tokens[1, -1] += 1
-    logits = model.eval()(tokens % len(model.get_input_embeddings().weight)).logits[:, :-1]
+    logits = model.eval()(tokens % len(model.get_input_embeddings().weight), use_cache=False).logits.float()
     model.train(training)
-    return count == 1 or bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits.abs().max())
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            f"Logits of {type(model).__name__} are NaN or infinite before any training: look at its weights."
+        )
+    return count == 1 or bool((logits[0] - logits[1])[:-1].abs().max() <= 1e-4 * logits.abs().max())

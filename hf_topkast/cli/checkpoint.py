@@ -18,7 +18,7 @@ from ..headers import (
 
 
 # Weights that `save_pretrained(..., variant=...)` writes.
-VARIANT = re.compile(r"model\.([^.]+)\.safetensors(?:\.index\.json)?")
+VARIANT = re.compile(r"model\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
 
 
 class Checkpoint(NamedTuple):

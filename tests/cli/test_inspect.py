@@ -144,7 +144,7 @@ def test_cut_lines(checkpoints, run):
 
 def test_bad_input(checkpoints, tmp_path, refused):
     assert "has no model.safetensors" in refused("inspect", tmp_path)
-    for name in ("model.fp32.safetensors", "model.fp32.safetensors.index.json"):
+    for name in ("model.fp32.safetensors", "model.fp32-00001-of-00007.safetensors"):
         (tmp_path / name).write_bytes(b"")
         assert 'variant "fp32". Load it with from_pretrained(..., variant="fp32")' in refused("inspect", tmp_path)
         (tmp_path / name).unlink()

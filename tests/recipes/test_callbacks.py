@@ -1,3 +1,4 @@
+import logging
 import sys
 import time
 
@@ -16,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_topkast import TopKastController, sparsify
+from hf_topkast import TopKastController, sparsify, sparsity_report
 from hf_topkast.layer_log import append_entry
 from hf_topkast.layers import expert_stacks
 from hf_topkast.surgery import sparse_layers
@@ -176,5 +177,28 @@ def test_costs_go_on_where_the_checkpoint_was():
     first.peak_state_bytes = 10**9
     resumed, _ = costs_of(model, 3, Costs(), TrainerState(global_step=2, stateful_callbacks=[first]))
     assert resumed.passes == pytest.approx(5 * (4 * 0.25 + 2 * 0.5)) and resumed.peak_state_bytes == 10**9
-    again, _ = costs_of(model, 1, Costs(), TrainerState(global_step=0, stateful_callbacks=[first]))
-    assert again.passes == pytest.approx(2)
+    for costs in (Costs(), first):  # a new run, and a second one of the same trainer
+        again, measured = costs_of(model, 1, costs, TrainerState(global_step=0, stateful_callbacks=[first]))
+        assert again.passes == pytest.approx(2) and again.peak_state_bytes == measured[0]["state_bytes"]
+
+
+def test_a_checkpoint_without_costs_is_gone_on_from(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("recipes"), "propagate", True)
+    model = sparsify(GPT2LMHeadModel(TINY), density=0.25)
+    state = TrainerState(global_step=2)
+    costs, _ = costs_of(model, 1, Costs(), state)
+    assert costs.passes == pytest.approx(3 * 2) and "has no count" in caplog.text
+    assert state.stateful_callbacks["Costs"]["attributes"]["passes"] == pytest.approx(0)
+
+
+def test_experts_count_by_the_weights_that_a_token_meets():
+    overrides = {".*experts.*": 0.1}
+    model = sparsify(make_family("mixtral"), density=0.5, method="static", density_overrides=overrides)
+    costs = Costs()
+    costs.on_train_begin(None, TrainerState(), None, model=model)
+    costs.on_step_begin(None, None, None, model=model)
+    rows = sparsity_report(model).rows
+    met = {row.name: row.weights // (2 if row.experts else 1) for row in rows}  # two of four
+    expected = sum(met[row.name] * 6 * row.density for row in rows)
+    head = model.lm_head.weight.numel()
+    assert count_training_flops(model, 1, costs.passes)["training_flops"] == pytest.approx(expected + 6 * head, abs=1)

@@ -35,3 +35,11 @@ def test_a_length_that_the_model_cannot_read_is_named():
     check_length(model, "window", None)
     with pytest.raises(ValueError, match="`window` is 65, but the model reads 64 tokens at most"):
         check_length(model, "window", 65)
+
+
+def test_logits_that_are_no_numbers_are_told():
+    model = bert(is_decoder=True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="BertLMHeadModel are NaN"):
+        is_causal(model, 8)
