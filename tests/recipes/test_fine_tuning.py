@@ -223,10 +223,8 @@ def test_every_recipe_trains(folder, tmp_path, name, density):
     if name == "pruned":
         prune(model, density)
     if "teacher" in settings:
-        assert (
-            settings["teacher"]
-            == "./" + yaml.safe_load((RECIPES / "finetune" / "dense.yaml").read_text())["output_dir"]
-        )
+        baseline = yaml.safe_load((RECIPES / "finetune" / "dense.yaml").read_text())
+        assert settings["teacher"] == f"./{baseline['output_dir']}"
         settings["teacher"] = str(folder / "dense")
     model.save_pretrained(tmp_path / "model")
     settings |= {"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run")}
