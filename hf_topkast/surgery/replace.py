@@ -69,9 +69,10 @@ def sparsify(
             magnitude times that of their inputs, within each row, which costs a pretrained model far less than
             magnitude alone. It stands for `score="activation"`.
         correct (`bool`, *optional*, defaults to `False`): whether the weights that stay are changed to make up for
-            those that go, by least squares over the calibration's inputs (SparseGPT). It runs the model once more for
-            each of its blocks, and holds the Gram matrices, (in, in), of a block's layers and experts. An error on the
-            way leaves the layers before it sparse.
+            those that go, by least squares over the calibration's inputs (SparseGPT). It takes the time of about
+            two more runs of the model, and one for each two blocks on the first batch; it holds the Gram matrices,
+            (in, in), of a block's layers and experts, and the outputs of two blocks. An error on the way leaves the
+            layers before it sparse.
         settings: fields of [`TopKastConfig`] instead, as in `sparsify(model, density=0.2)`.
 
     Returns:
