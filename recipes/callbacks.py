@@ -161,14 +161,14 @@ class Costs(TrainerCallback, ExportableState):
     What the steps take of a model whose sets may change at any refresh.
 
     Attributes:
-        passes (`float`): Products with the weights of the sparse layers, as multiples of these, summed over the steps:
-            for each token 2 FLOPs a weight of A forward, 2 for the gradient of the input, 2 a weight of B for that of
-            the weight. 6 a step in a dense model.
+        flops_per_weight (`float`): Of one token, summed over the steps: 2 for each weight of A forward, 2 for the
+            gradient of the input, 2 for each of B for that of the weight; over all weights of the sparse layers. 6 a
+            step in a dense model.
         peak_state_bytes (`int`): The most that parameters, gradients and Adam moments, indices and reservoir took.
     """
 
     def __init__(self):
-        self.passes, self.peak_state_bytes = 0.0, 0
+        self.flops_per_weight, self.peak_state_bytes = 0.0, 0
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         """Starts, from what the checkpoint's run had taken."""
@@ -177,9 +177,9 @@ class Costs(TrainerCallback, ExportableState):
         self._sizes: list[tuple[float, float]] | None = None
         saved = _saved_attributes(self, state)
         self.peak_state_bytes = saved.get("peak_state_bytes", 0)
-        self.passes = saved.get("passes", 0.0)
+        self.flops_per_weight = saved.get("flops_per_weight", 0.0)
         if state.global_step and not saved:
-            self.passes = state.global_step * self._passes()
+            self.flops_per_weight = state.global_step * self._flops_per_weight()
             logger.warning(
                 "The checkpoint has no count of what steps take, as an earlier version wrote it: its "
                 f"{state.global_step:,} are counted as if the sets had had the sizes of now."
@@ -191,16 +191,19 @@ class Costs(TrainerCallback, ExportableState):
         if sizes != self._sizes:
             self._sizes = sizes
             self.peak_state_bytes = max(self.peak_state_bytes, sparsity_report(model).trainable_state_bytes)
-        self.passes += self._passes()
+        self.flops_per_weight += self._flops_per_weight()
 
-    def _passes(self) -> float:
+    def _flops_per_weight(self) -> float:
         """Of the next step, mean over the weights that a token meets."""
         shares = [4 * each.density + 2 * each.backward_density for each in self._layers]
         return sum(met * share for met, share in zip(self._met, shares)) / sum(self._met) if shares else 6.0
 
     def state(self) -> dict:
         """For `trainer_state.json`."""
-        return {"args": {}, "attributes": {"passes": self.passes, "peak_state_bytes": self.peak_state_bytes}}
+        return {
+            "args": {},
+            "attributes": {"flops_per_weight": self.flops_per_weight, "peak_state_bytes": self.peak_state_bytes},
+        }
 
 
 def _saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def measure_model(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def count_training_flops(model: PreTrainedModel, tokens: int, passes: float = 6.0) -> dict[str, int]:
+def count_training_flops(model: PreTrainedModel, tokens: int, flops_per_weight: float = 6.0) -> dict[str, int]:
     """
     FLOPs of the whole training, of this model and of the dense one.
 
@@ -59,7 +59,7 @@ def count_training_flops(model: PreTrainedModel, tokens: int, passes: float = 6.
     Args:
         model ([`~transformers.PreTrainedModel`]): Sparse or dense.
         tokens (`int`): Seen in training.
-        passes (`float`): FLOPs for each token and weight of the sparse layers, as [`Costs`] counts them, mean over the
+        flops_per_weight (`float`): FLOPs for each token and weight of the sparse layers, as [`Costs`] counts them, mean over the
             steps.
 
     Returns:
@@ -67,7 +67,7 @@ def count_training_flops(model: PreTrainedModel, tokens: int, passes: float = 6.
     """
     sparse, dense = count_multiplied_weights(model)
     return {
-        "training_flops": round(tokens * (passes * sparse + 6 * dense)),
+        "training_flops": round(tokens * (flops_per_weight * sparse + 6 * dense)),
         "dense_training_flops": 6 * tokens * (sparse + dense),
     }
 

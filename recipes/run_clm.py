@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
         "tokens": tokens,
         "steps": steps,
         "train_seconds": stopwatch.seconds,
-        **count_training_flops(model, tokens, costs.passes / max(1, steps)),
+        **count_training_flops(model, tokens, costs.flops_per_weight / max(1, steps)),
         "seed": training_args.seed,
         "data_fingerprint": corpus.fingerprint,
         **describe_environment(),

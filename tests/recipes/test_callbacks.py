@@ -151,8 +151,8 @@ def test_costs_of_a_dense_model_are_those_of_all_its_weights():
     projections, head = 2 * 12 * 8**2, 32 * 8
     model = GPT2LMHeadModel(TINY)
     costs, measured = costs_of(model, 3)
-    assert costs.passes == 3 * 6 and costs.peak_state_bytes == measured[0]["dense_state_bytes"]
-    flops = count_training_flops(model, 100, costs.passes / 3)
+    assert costs.flops_per_weight == 3 * 6 and costs.peak_state_bytes == measured[0]["dense_state_bytes"]
+    flops = count_training_flops(model, 100, costs.flops_per_weight / 3)
     assert flops == dict.fromkeys(("training_flops", "dense_training_flops"), 600 * (projections + head))
 
 
@@ -164,11 +164,11 @@ def test_costs_are_those_of_every_step_and_the_peak(settings):
     torch.manual_seed(0)
     model = sparsify(GPT2LMHeadModel(TINY), density=0.25, refresh_every=2, **settings)
     costs, measured = costs_of(model, 12, total_steps=12)
-    assert costs.passes == pytest.approx(sum(4 * m["density"] + 2 * m["backward_density"] for m in measured))
+    assert costs.flops_per_weight == pytest.approx(sum(4 * m["density"] + 2 * m["backward_density"] for m in measured))
     assert costs.peak_state_bytes == max(m["state_bytes"] for m in measured)
     assert (costs.peak_state_bytes > measured[-1]["state_bytes"]) == bool(settings)
-    flops = count_training_flops(model, 100, costs.passes / 12)
-    assert flops["training_flops"] == round(100 * (costs.passes / 12 * 2 * 12 * 8**2 + 6 * 32 * 8))
+    flops = count_training_flops(model, 100, costs.flops_per_weight / 12)
+    assert flops["training_flops"] == round(100 * (costs.flops_per_weight / 12 * 2 * 12 * 8**2 + 6 * 32 * 8))
 
 
 def test_costs_go_on_where_the_checkpoint_was():
@@ -176,10 +176,10 @@ def test_costs_go_on_where_the_checkpoint_was():
     first, _ = costs_of(model, 2)
     first.peak_state_bytes = 10**9
     resumed, _ = costs_of(model, 3, Costs(), TrainerState(global_step=2, stateful_callbacks=[first]))
-    assert resumed.passes == pytest.approx(5 * (4 * 0.25 + 2 * 0.5)) and resumed.peak_state_bytes == 10**9
+    assert resumed.flops_per_weight == pytest.approx(5 * (4 * 0.25 + 2 * 0.5)) and resumed.peak_state_bytes == 10**9
     for costs in (Costs(), first):  # a new run, and a second one of the same trainer
         again, measured = costs_of(model, 1, costs, TrainerState(global_step=0, stateful_callbacks=[first]))
-        assert again.passes == pytest.approx(2) and again.peak_state_bytes == measured[0]["state_bytes"]
+        assert again.flops_per_weight == pytest.approx(2) and again.peak_state_bytes == measured[0]["state_bytes"]
 
 
 def test_a_checkpoint_without_costs_is_gone_on_from(tmp_path, caplog, monkeypatch):
@@ -187,8 +187,8 @@ def test_a_checkpoint_without_costs_is_gone_on_from(tmp_path, caplog, monkeypatc
     model = sparsify(GPT2LMHeadModel(TINY), density=0.25)
     state = TrainerState(global_step=2)
     costs, _ = costs_of(model, 1, Costs(), state)
-    assert costs.passes == pytest.approx(3 * 2) and "has no count" in caplog.text
-    assert state.stateful_callbacks["Costs"]["attributes"]["passes"] == pytest.approx(0)
+    assert costs.flops_per_weight == pytest.approx(3 * 2) and "has no count" in caplog.text
+    assert state.stateful_callbacks["Costs"]["attributes"]["flops_per_weight"] == pytest.approx(0)
 
 
 def test_experts_count_by_the_weights_that_a_token_meets():
@@ -201,4 +201,6 @@ def test_experts_count_by_the_weights_that_a_token_meets():
     met = {row.name: row.weights // (2 if row.experts else 1) for row in rows}  # two of four
     expected = sum(met[row.name] * 6 * row.density for row in rows)
     head = model.lm_head.weight.numel()
-    assert count_training_flops(model, 1, costs.passes)["training_flops"] == pytest.approx(expected + 6 * head, abs=1)
+    assert count_training_flops(model, 1, costs.flops_per_weight)["training_flops"] == pytest.approx(
+        expected + 6 * head, abs=1
+    )
