@@ -59,8 +59,8 @@ def count_training_flops(model: PreTrainedModel, tokens: int, flops_per_weight: 
     Args:
         model ([`~transformers.PreTrainedModel`]): Sparse or dense.
         tokens (`int`): Seen in training.
-        flops_per_weight (`float`): FLOPs for each token and weight of the sparse layers, as [`Costs`] counts them, mean over the
-            steps.
+        flops_per_weight (`float`): Of a token, for each weight of the sparse layers, as [`Costs`] counts them, mean
+            over the steps.
 
     Returns:
         `dict[str, int]`: `training_flops` and `dense_training_flops`.
