@@ -156,7 +156,8 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
         `tuple`: An object of each.
 
     Raises:
-        `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it.
+        `ValueError`: If there is a key that is not a field; the message lists the fields spelt most like it. If a
+            value cannot be, or goes against what recipes do.
     """
     # "resolve" lets a second dataclass have a field of the same name: see above.
     usage = "CONFIG.yaml [--field value ...]"  # argparse would name all fields with every error
@@ -178,9 +179,20 @@ def parse_arguments(argv: list[str], dataclasses: tuple[type, ...] = DATACLASSES
     del parsed["config"]
     found = parser.parse_dict(parsed)
     for each in found:
-        if isinstance(each, TrainingArguments) and not torch.accelerator.is_available():
-            each.dataloader_pin_memory = False  # has no use there, and every loader would warn of it
+        if isinstance(each, TrainingArguments):
+            settle_training(each)
     return found
+
+
+def settle_training(args: TrainingArguments) -> None:
+    """What recipes want of Trainer's own settings; a `ValueError` if the user's go against it."""
+    if args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "`restore_callback_states_from_checkpoint` would put other callbacks in the place of those that measure. "
+            "Leave it out: they go on from the checkpoint without it."
+        )
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # has no use there, and every loader would warn of it
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def test_bad_configuration_file_is_an_error(text, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
+        ("restore_callback_states_from_checkpoint: true", "would put other callbacks .* Leave it out"),
         ("save_strategy: no", r"`save_strategy` is False in `.*yaml`: .*write \"no\"\.$"),
         ("dataset: wikitext", r"`dataset` is 'wikitext' in `.*yaml`: it must be one of \['enwik8', 'wikitext103'"),
         ("window: 16.5", r"`window` is 16\.5 in .* a whole number"),
