@@ -241,8 +241,11 @@ class SparseStorage(StoredState, ColumnWalk, SetWatch):
             )
 
     def _apply(self, fn, recurse=True):
+        unseen = self._count_writes() != self._writes
         super()._apply(fn, recurse)
         self._watch()
+        if unseen:
+            self._writes = -1  # look at the next use
         if self._rests_elsewhere and self.reservoir.dtype != self.values.dtype:
             self.reservoir = put_to_rest(self.reservoir.to(self.values.dtype), self.reservoir_device)
         return self

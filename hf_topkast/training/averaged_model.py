@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 from ..layers import TopKastLayer
 from ..storage import STRUCTURE, TRACKING, is_sharded
 from ..surgery import sparse_layers
+from .borrowed import give_back
 from .engines import find_ddp
 
 
@@ -37,7 +38,9 @@ class TopKastAveragedModel(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        super().__init__(bare(model), *args, **kwargs)
+        model = bare(model)
+        super().__init__(model, *args, **kwargs)
+        give_back(self.module, model)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from ..layers import TopKastLayer
 from ..sets import SetPlan, check_finite
 from ..surgery import sparse_info, sparse_layers, sparse_root
 from .averaged_model import bare, layer_pairs, same_sets
+from .borrowed import give_back
 
 
 def average_models(models: Iterable[nn.Module], weights: Iterable[float] | None = None) -> nn.Module:
@@ -53,6 +54,7 @@ def average_models(models: Iterable[nn.Module], weights: Iterable[float] | None 
         weight = 1.0 if weights is None else weights[count]
         if average is None:
             average = copy.deepcopy(model)
+            give_back(average, model)
         else:
             _check_alike(average, model, count)
             _add_shifts(shifts, average, model, weight)

@@ -9,6 +9,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoints import CheckpointError
+from ..sets import get_method
+from ..surgery import sparse_info
+from .borrowed import borrowers
 from .controller import TopKastController
 
 
@@ -46,6 +49,7 @@ class TopKastCallback(TrainerCallback, ExportableState):
         if self.controller is not None:
             self.controller.remove()
         wrapped = model if self.wrapped is None else self.wrapped
+        check_reference(args, wrapped)
         # Of no step at all, too: Trainer takes num_train_epochs=0.
         self.controller = TopKastController(wrapped, optimizer, total_steps=max(1, state.max_steps))
         resumed = state.global_step > 0
@@ -84,6 +88,28 @@ class TopKastCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The controller's state, for `trainer_state.json`, without the tensors of sets chosen ahead."""
         return {"args": {}, "attributes": {"saved": self.controller and self.controller.state_dict(ahead=False)}}
+
+
+def check_reference(args: TrainingArguments, model: nn.Module, reference: nn.Module | None = None) -> None:
+    """
+    Refuses reference models, as trainers of TRL have, that are no reference.
+
+    Raises:
+        ValueError: if `sync_ref_model` is set where sets change, or if the reference runs the model itself.
+    """
+    if isinstance(reference, nn.Module) and reference is not model and borrowers(reference, model):
+        raise ValueError(
+            "The reference model's forward runs the model in training: it is a copy of it, made after a trainer had "
+            "given the model a forward of its own, and copies hold the former one. Call `del ref_model.forward` before "
+            "you give it to the trainer, or load it from where it was saved."
+        )
+    refreshes = get_method(sparse_info(model).config.method).refreshes
+    if refreshes and getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True averages the reference model's parameters with this model's slot by slot, and a "
+            "slot means another weight after each refresh. Set it to False, and keep the reference as it is, or "
+            "as a TopKastAveragedModel (docs/averages.md)."
+        )
 
 
 def saved_schedule(stateful_callbacks: dict[str, Any], step: int) -> dict[str, Any]:

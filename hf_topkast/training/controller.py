@@ -139,7 +139,7 @@ class TopKastController:
             self._refresher.before_step(self.step + 1)
         self._groups.begin()
         if closure is None:
-            self._changes.begin(self._density, self._compares())
+            self._begin_changes()
             return None
 
         def closure_and_changes() -> Any:
@@ -147,10 +147,17 @@ class TopKastController:
             loss = closure()
             with torch.no_grad():
                 self._refresher.before_step(self.step + 1)
-                self._changes.begin(self._density, self._compares())
+                self._begin_changes()
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
+
+    def _begin_changes(self) -> None:
+        try:
+            self._changes.begin(self._density, self._compares())
+        except ValueError:
+            self._groups.end()  # whose owner may add the one that is missing
+            raise
 
     def _former_training(self, values: list[nn.Parameter]) -> str | None:
         """What tells of a training before this one: the model's count of steps, which state dicts lack, or moments."""

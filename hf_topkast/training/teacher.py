@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..storage import local
 from ..surgery import sparse_layers
+from .borrowed import borrowers
 from .passes import decoder_blocks, without_adapters
 
 
@@ -70,8 +71,8 @@ def check_teacher(teacher: PreTrainedModel, student: nn.Module, hidden: bool):
 
     Raises:
         ValueError: if one is no causal language model of transformers, if they are one model or share weights, if the
-            teacher is sparse, if they have other vocabularies, or, for `hidden`, other numbers of blocks or widths.
-            The message names both sides and the way out.
+            teacher runs the student or is sparse, if they have other vocabularies, or, for `hidden`, other numbers of
+            blocks or widths. The message names both sides and the way out.
     """
     student = without_adapters(student)
     for role, model in (("student", student), ("teacher", teacher)):
@@ -89,6 +90,12 @@ def check_teacher(teacher: PreTrainedModel, student: nn.Module, hidden: bool):
         raise ValueError(
             f"The teacher is {what}, and would change with it. Take its weights of before: teacher = "
             "copy.deepcopy(model), and then sparsify(model, ...)."
+        )
+    if borrowers(teacher, student):
+        raise ValueError(
+            "The teacher's forward runs the student: it is a copy of it, made after a trainer (of TRL, say) had given "
+            "the student one of its own, and copies hold the former. Call `del teacher.forward`, or load the teacher "
+            "from where it was saved."
         )
     sparse = [name for name, _ in sparse_layers(teacher)]
     if sparse:

@@ -27,10 +27,9 @@ from ..checkpoints import (
 )
 from ..config import TopKastConfig
 from ..method import describe_method
-from ..sets import get_method
 from ..storage import local, raise_together
 from ..surgery import count_sparsity, keep_buffers_from_ddp, sparse_info, sparse_layers
-from .callback import AHEAD_NAME, TopKastCallback, saved_schedule
+from .callback import AHEAD_NAME, TopKastCallback, check_reference, saved_schedule
 from .controller import TopKastController
 from .engines import DEEPSPEED, FSDP1
 from .layer_logger import TopKastLayerLogger
@@ -56,15 +55,8 @@ class TopKastTrainerMixin(MixedInto):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        sparse_info(self.model)
+        check_reference(self.args, self.model, getattr(self, "ref_model", None))
         self._settle_engine()
-        refreshes = get_method(sparse_info(self.model).config.method).refreshes
-        if refreshes and getattr(self.args, "sync_ref_model", False):
-            raise ValueError(
-                "sync_ref_model=True averages the reference model's parameters with this model's slot by slot, and a "
-                "slot means another weight after each refresh. Set it to False, and keep the reference as it is, or "
-                "as a TopKastAveragedModel (docs/averages.md)."
-            )
         if self._topkast_callback is None:
             self.add_callback(TopKastCallback())
 

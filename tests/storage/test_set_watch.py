@@ -119,6 +119,18 @@ def test_a_copy_of_overwritten_sets_is_an_error_too(tmp_path):
         copy.deepcopy(layer).dense_weight()
 
 
+@pytest.mark.parametrize("way", [lambda m: m.to("cpu"), nn.Module.bfloat16, nn.Module.requires_grad_, copy.deepcopy])
+def test_what_moves_or_casts_a_layer_does_not_hide_it(way):
+    layer = make_layer(0)
+    layer.columns.copy_(9 - layer.columns.flip(0))
+    layer = way(layer)
+    with pytest.raises(RuntimeError, match="written over from outside"):
+        layer.dense_weight()
+    layer = make_layer(0)
+    layer.columns.copy_(layer.columns.clone())
+    way(layer).dense_weight()
+
+
 def test_a_whole_state_written_in_place_is_taken():
     layer, other, x = make_layer(0), make_layer(1), torch.randn(3, 10)
     for tensor, new in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):

@@ -33,6 +33,13 @@ def test_callback_in_a_stock_trainer(tmp_path):
     assert same_weights(mine.model, stock.model)
 
 
+def test_a_reference_model_that_is_averaged_slot_by_slot_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, kind=Trainer, callbacks=[TopKastCallback()])
+    trainer.args.sync_ref_model = True  # as those of TRL's trainers have
+    with pytest.raises(ValueError, match="sync_ref_model=True averages.*TopKastAveragedModel"):
+        trainer.train()
+
+
 def test_only_one_callback(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[TopKastCallback()])
     trainer.train()

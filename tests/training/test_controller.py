@@ -561,6 +561,11 @@ def test_layer_unfrozen_behind_the_optimizer_is_named():
     loss_of(model, token_batches(1)[0]).backward()
     with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp\.c_fc' has a gradient.*unfrozen"):
         optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    before = frozen.detach().clone()
+    optimizer.add_param_group({"params": [frozen]})
+    optimizer.step()
+    assert len(optimizer.param_groups) == 2 and not torch.equal(frozen, before)
 
 
 def test_transformers_adafactor_trains():
