@@ -100,8 +100,8 @@ def check_reference(args: TrainingArguments, model: nn.Module, reference: nn.Mod
     if isinstance(reference, nn.Module) and reference is not model and borrowers(reference, model):
         raise ValueError(
             "The reference model's forward runs the model in training: it is a copy of it, made after a trainer had "
-            "given the model a forward of its own, and copies hold the former one. Call `del ref_model.forward` before "
-            "you give it to the trainer, or load it from where it was saved."
+            "given the model a forward of its own, and copies hold the former one. Call `del ref_model.forward` "
+            "before you give it to the trainer, or load it from where it was saved."
         )
     refreshes = get_method(sparse_info(model).config.method).refreshes
     if refreshes and getattr(args, "sync_ref_model", False):
