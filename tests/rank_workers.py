@@ -1,5 +1,6 @@
 """What one rank of a run of several processes does; `ranks.launch` starts it."""
 
+import copy
 import faulthandler
 import json
 import os
@@ -154,7 +155,12 @@ def plain_loops(directory: str):
     dist.init_process_group("gloo")
     facts = {
         "steps": {name: sizes_change(Path(directory, f"{name}.pt"), **config) for name, config in RESIZING.items()},
+        "resumed": {name: resumed_apart(**config) for name, config in RESIZING.items()},
         "unwrapped": refusal(lambda model: TopKastController(model.module, sgd(model)), explore_until=2),
+        "unwrapped, by hand": refusal(lambda model: TopKastController(model.module, sgd(model)).end_exploration()),
+        "unwrapped, other settings": refusal(with_a_larger_b),
+        "static graph": refusal(of_a_static_graph, explore_until=2),
+        "loaded last": refusal(loaded_last),
         "other sets": refusal(TopKastController, lambda model: sgd(model), seed=dist.get_rank()),
         "other calibration": refusal(TopKastController, sgd, calibration=token_batches(1, seed=dist.get_rank())),
         "drift": refusal(drift),
@@ -398,6 +404,58 @@ def sizes_change(path: Path, **config) -> list[dict]:
     if dist.get_rank() == 0:
         torch.save(whole(model.module), path)
     return steps
+
+
+def resumed_apart(**config) -> dict[str, float]:
+    """How far a training that goes on in a new wrapper, of other sizes, comes from one that was not stopped."""
+
+    def begin():
+        model = make_ddp(**config)
+        optimizer = sgd(model)
+        return model, optimizer, TopKastController(model, optimizer)
+
+    def train(model, optimizer, batches):
+        for tokens in batches:
+            step(model, optimizer, tokens.chunk(2)[dist.get_rank()])
+
+    batches = token_batches(8)
+    first = begin()
+    train(*first[:2], batches[:5])
+    states = copy.deepcopy([part.state_dict() for part in first])
+    train(*first[:2], batches[5:])
+    first[2].remove()
+    second = begin()
+    for part, state in zip(second, states):
+        part.load_state_dict(state)
+    train(*second[:2], batches[5:])
+    expected, found = whole(first[0].module), whole(second[0].module)
+    apart = max(float((found[key].double() - number.double()).abs().max()) for key, number in expected.items())
+    shown = torch.cat([number.double().flatten() for number in found.values()])
+    others = [torch.empty_like(shown) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, shown)
+    return {"from uninterrupted": apart, "between ranks": float((others[0] - others[1]).abs().max())}
+
+
+def with_a_larger_b(model):
+    """A controller that knows no wrapper, and settings that a refresh makes B larger by."""
+    optimizer = sgd(model)
+    TopKastController(model.module, optimizer)
+    model.module.topkast.config.backward_density = 0.6
+    for tokens in token_batches(3):
+        step(model, optimizer, tokens)
+
+
+def of_a_static_graph(model):
+    model = DistributedDataParallel(model.module, static_graph=True)
+    TopKastController(model, sgd(model))
+
+
+def loaded_last(model):
+    """The state of a model with a smaller B, when the controller is there already."""
+    optimizer = sgd(model)
+    TopKastController(model, optimizer)
+    model.module.load_state_dict(make_ddp(backward_density=0.25).module.state_dict())
+    step(model, optimizer, token_batches(1)[0])
 
 
 def refusal(run, second=None, seed: int = 0, **config) -> str:

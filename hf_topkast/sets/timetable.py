@@ -1,6 +1,7 @@
 """When the sets of one training change: the schedules of a configuration, with its fractions as steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..checks import check, plain, whole
 from ..config import TopKastConfig
@@ -62,3 +63,8 @@ class Timetable:
     def explores(self, step: int) -> bool:
         """Whether B may be larger than A after step `step`."""
         return self.exploration_end is None or step < self.exploration_end
+
+    def moments(self) -> dict[str, Any]:
+        """The steps at which its schedules begin and end, in JSON types."""
+        window = self.density_window
+        return {"exploration_end": self.exploration_end, "density_window": window and list(window)}

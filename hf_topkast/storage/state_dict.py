@@ -42,6 +42,7 @@ class StoredState(nn.Module):
                 "others by now. Take model.state_dict(), which has both, and not the parameters alone."
             )
             return
+        self._add_empty_reservoir(state_dict, prefix)
         saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
         problem = (
             self._other_layer(state_dict, prefix)
@@ -65,6 +66,14 @@ class StoredState(nn.Module):
                 self.reservoir.copy_(state_dict[f"{prefix}reservoir"])
             elif strict:
                 missing.append(f"{prefix}reservoir")
+
+    def _add_empty_reservoir(self, state_dict: dict, prefix: str):
+        """Accelerate takes all empty tensors for one that is shared, and saves the first: the others have nothing."""
+        values = state_dict.get(f"{prefix}values")
+        if values is None or f"{prefix}reservoir" in state_dict or is_sharded(self.values):
+            return
+        if self.reservoir_device == NOWHERE or values.numel() == self.numel:
+            state_dict[f"{prefix}reservoir"] = values.new_empty(0)
 
     def _load_digest(self, saved: Tensor | None, assign: bool):
         """That of the sets just loaded; the saved one, where they are cut or have no numbers yet."""

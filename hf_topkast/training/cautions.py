@@ -1,5 +1,7 @@
 """What a training is told before it begins, and when it has ended."""
 
+from typing import Any
+
 from transformers.utils import logging
 
 from ..layers import TopKastLayer
@@ -76,4 +78,30 @@ def warn_of_unfinished_schedule(timetable: Timetable, step: int, density: float)
         f"{timetable.density_window[1]}: the model has density {density:.4g}, and not "
         f"density={timetable.config.density}. Early stopping and load_best_model_at_end prefer the denser models of a "
         "schedule: do without them, or let the schedule end before the first evaluation."
+    )
+
+
+def warn_of_other_moments(then: dict[str, Any] | None, now: dict[str, Any], step: int | None) -> None:
+    """
+    Says of a training that goes on that its schedules have other moments than before, as fractions of more steps.
+
+    Args:
+        then, now (`dict`): as [`Timetable.moments`] gives them, of the training before and of this one; `None` if it
+            was not noted.
+        step (`int`, *optional*): the one that it goes on from.
+    """
+    if then is None or then == now:
+        return
+    changes = [
+        f"{what} {then[key]} then, {now[key]} now"
+        for key, what in (
+            ("exploration_end", "exploration ends at step"),
+            ("density_window", "the density falls in steps"),
+        )
+        if then[key] != now[key]
+    ]
+    logger.warning(
+        f"The training that goes on from step {step} has other moments than before: {'; '.join(changes)}. What had "
+        "ended may begin again. Fractions are of all steps, which another number of processes or epochs changes: give "
+        "max_steps, or steps in the place of fractions."
     )

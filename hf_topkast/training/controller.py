@@ -133,6 +133,7 @@ class TopKastController:
         self._settled.check()
         self._warn_of_restart()
         self._check_layers()
+        self._refresher.buckets.check()
         self._changes.settle()  # of a step that an error has ended
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:

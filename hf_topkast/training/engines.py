@@ -1,6 +1,6 @@
 """What spreads a training over processes: the engines that sparse parameters can train under, and DDP's buckets."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +21,8 @@ FSDP1 = (
     "FSDP 1 flattens parameters together, so that sparse values cannot move by themselves. Use FSDP2: accelerate "
     "launch --use_fsdp --fsdp_version 2, or torch's fully_shard."
 )
+
+NOTE = "topkast_sizes"  # what a DDP wrapper has of the sizes that its buckets were laid out for
 
 
 def check_engine(model: nn.Module, optimizer: Optimizer):
@@ -60,6 +62,11 @@ def check_resizing(setting: str, layers: Iterable[TopKastLayer], ddp: Distribute
             "DDP have to follow. Give TopKastController the wrapped model (what accelerator.prepare or "
             "DistributedDataParallel returned), or use TopKastTrainer."
         )
+    if ddp is not None and not _can_rebuild(ddp):
+        raise ValueError(
+            f"{setting} changes the sizes of the sparse parameters during training, and DDP can lay its gradient "
+            "buckets out anew only in the default process group and without static_graph. Leave both out."
+        )
 
 
 def check_lag(lag: int, layers: Iterable[TopKastLayer]):
@@ -76,13 +83,81 @@ def check_lag(lag: int, layers: Iterable[TopKastLayer]):
         )
 
 
+class Buckets:
+    """
+    DDP's gradient buckets, laid out once for the sizes that values had when DDP was made; what has another size since
+    would be left out of the all-reduce without a word.
+
+    Args:
+        layers (`Mapping[str, TopKastLayer]`): the sparse layers, by name.
+        ddp (`DistributedDataParallel`, *optional*): the wrapper that the controller was given.
+    """
+
+    def __init__(self, layers: Mapping[str, TopKastLayer], ddp: DistributedDataParallel | None):
+        self._layers, self._ddp = layers, ddp
+        self._sizes = self._present()
+        if ddp is None or not _can_rebuild(ddp):
+            return
+        # The wrapper may be older than sizes that were loaded; one that had a controller before has its sizes noted.
+        loaded = any(layer.assignments for layer in layers.values())
+        self._sizes = vars(ddp).get(NOTE, {} if loaded else self._sizes)
+        self.fit()
+
+    def fit(self, setting: str = "A checkpoint"):
+        """
+        Lays them out anew if values have other sizes; between two steps, on every rank.
+
+        Args:
+            setting (`str`, *optional*): what has changed the sizes, for the message.
+
+        Raises:
+            ValueError: if they cannot be.
+        """
+        present = self._present()
+        if present != self._sizes:
+            check_resizing(setting, self._layers.values(), self._ddp)
+            if self._ddp is not None:
+                rebuild_buckets(self._ddp)
+            self._sizes = present
+        if self._ddp is not None:
+            setattr(self._ddp, NOTE, present)
+
+    def follow_load(self):
+        """After a state was loaded. Without a wrapper that is known, one is to be made yet."""
+        if self._ddp is None:
+            self._sizes = self._present()
+        else:
+            self.fit()
+
+    def check(self):
+        """
+        Whether the gradients of a step were reduced in the sizes that values have.
+
+        Raises:
+            ValueError: if they were not.
+        """
+        if self._ddp is not None and self._present() != self._sizes:
+            name = next(name for name, size in self._present().items() if size != self._sizes.get(name))
+            raise ValueError(
+                f"Layer '{name}' and perhaps others have got other sizes (load_state_dict, for example) since DDP "
+                "laid out its gradient buckets, so that their gradients are those of one rank. Load the model before "
+                "the controller, and call controller.load_state_dict last."
+            )
+
+    def _present(self) -> dict[str, int]:
+        return {name: layer.values.numel() for name, layer in self._layers.items()}
+
+
 def rebuild_buckets(ddp: DistributedDataParallel):
     """
     Gives DDP's gradient buckets the present sizes of the parameters; between two steps, on every rank.
 
-    DDP lays its buckets out once, when it is made, and would silently leave a resized parameter out of the all-reduce.
     Unpickling lays them out anew, and is the one way there that torch documents.
     """
     ddp.__setstate__(ddp.__getstate__())
     for hook, state in ddp._comm_hooks:  # registered with the buckets, which are new
         dist._register_comm_hook(ddp.reducer, state, hook)
+
+
+def _can_rebuild(ddp: DistributedDataParallel) -> bool:
+    return ddp.process_group is dist.group.WORLD and not ddp.static_graph

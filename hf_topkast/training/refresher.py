@@ -16,8 +16,8 @@ from ..layers import TopKastLayer
 from ..sets import Present, SetPlan, Sizes, Timetable
 from ..storage import Matrix, Moment, check_agreement, set_digest, world_size
 from .ahead import Choice, choice_key, choose_ahead, taken_sets
-from .cautions import warn_of_schedule
-from .engines import check_lag, check_resizing, rebuild_buckets
+from .cautions import warn_of_other_moments, warn_of_schedule
+from .engines import Buckets, check_lag, check_resizing
 from .observer import StepObserver
 from .optimizers import check_outside_changes
 from .reassignment import check_numbers, check_reservoirs, reassign, reservoirs
@@ -37,6 +37,7 @@ class Refresher:
 
     Attributes:
         timetable ([`Timetable`]): when it does.
+        buckets ([`Buckets`]): those of the wrapper.
         mask_churn (`float`, *optional*): share of A's members that left it at the last refresh.
         layer_churn (`dict[str, float]`, *optional*): the same, by layer.
         seconds (`float`, *optional*): how long training waited for the last refresh.
@@ -58,6 +59,7 @@ class Refresher:
         check_outside_changes(optimizer, config)
         self.layers, self.config, self.optimizer = layers, config, optimizer
         self._ddp, self._group = ddp, None if ddp is None else ddp.process_group
+        self.buckets = Buckets(layers, ddp)
         self._plan = SetPlan(root, {name: layer.pattern.shape for name, layer in layers.items()}, config)
         check_reservoirs(layers, config.method)
         self.timetable = Timetable.of(config, total_steps)
@@ -144,7 +146,7 @@ class Refresher:
         start = time.perf_counter()
         check_numbers(self.layers, self.optimizer, self._group)
         self._observer.follow_inputs()
-        stored, chosen = self._stored(), self._take_choice(step)
+        chosen = self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
         moving = {name: layer for name, layer in moving.items() if name not in self._observer.unseen}
         members = {name: layer.active_count for name, layer in moving.items()}
@@ -156,8 +158,7 @@ class Refresher:
                 sets = taken_sets(chosen.pop(name), layer)
             left[name] = reassign(layer, *sets, arriving, self.optimizer, self.config)
         self.check_agreement()
-        if self._ddp is not None and stored != self._stored():
-            rebuild_buckets(self._ddp)
+        self.buckets.fit("A refresh")
         self.layer_churn = {name: left[name] / count for name, count in members.items()}
         self.mask_churn = sum(left.values()) / max(1, sum(members.values()))
         self.seconds = time.perf_counter() - start
@@ -171,11 +172,16 @@ class Refresher:
         for layer in moving:
             sizes = [(part.blocks.members, part.blocks.members) for part in layer.parts]
             reassign(layer, sizes, _without_exploration, arriving, self.optimizer, self.config)
-        if self._ddp is not None:
-            rebuild_buckets(self._ddp)
+        self.buckets.fit("The end of exploration")
 
     def stop_exploring(self, step: int):
-        """Makes B := A in every layer after step `step`, and keeps it so, whatever `explore_until` says."""
+        """
+        Makes B := A in every layer after step `step`, and keeps it so, whatever `explore_until` says.
+
+        Raises:
+            ValueError: if what wraps the model cannot follow; nothing has changed then.
+        """
+        check_resizing("end_exploration()", self._moving().values(), self._ddp)
         self._stopped, self.timetable = step, replace(self.timetable, exploration_end=step)
         self.end_exploration()
 
@@ -189,11 +195,12 @@ class Refresher:
 
     def state_dict(self, ahead: bool = True) -> dict[str, Any]:
         """
-        The last churn, whether a density schedule had ended before this training, when somebody ended exploration, and
-        under `"ahead"` what was chosen for the next refresh, with tensors, which it waits for; with `ahead=False` only
-        whether there is such a choice.
+        The last churn, whether a density schedule had ended before this training, when somebody ended exploration, the
+        timetable's moments, and under `"ahead"` what was chosen for the next refresh, with tensors, which it waits
+        for; with `ahead=False` only whether there is such a choice.
         """
         state = {"mask_churn": self.mask_churn, "arrived": self._arrived, "stopped": self._stopped}
+        state["moments"] = self.timetable.moments()
         if not ahead:
             return {**state, "ahead": self._choice is not None}
         return state if self._choice is None else {**state, "ahead": self._choice.state_dict()}
@@ -210,6 +217,8 @@ class Refresher:
         self._stopped = state.get("stopped")
         if self._stopped is not None:
             self.timetable = replace(self.timetable, exploration_end=self._stopped)
+        self.buckets.follow_load()
+        warn_of_other_moments(state.get("moments"), self.timetable.moments(), state.get("step"))
         if ahead is None:
             return
         expected = {name: (2, -(-layer.numel // 8)) for name, layer in self._moving().items()}
@@ -273,9 +282,6 @@ class Refresher:
         if self.config.distribution == "global":  # whose shares have moved on since the last refresh
             counts = [[sum(count)] for count in counts]
         return bool(moving) and counts[0] == counts[1]
-
-    def _stored(self) -> list[int]:
-        return [layer.values.numel() for layer in self.layers.values()]
 
 
 def _reader(layers: dict[str, TopKastLayer] | dict[str, Moment], sets: bool = False) -> Callable[[str, int], Tensor]:

@@ -88,8 +88,21 @@ def test_sizes_change_under_ddp(loops, how):
     check_same(whole(model), torch.load(loops / f"{how}.pt"))
 
 
-def test_unwrapped_model_whose_parameters_shrink_is_refused(facts):
-    assert all("Give TopKastController the wrapped model" in rank["unwrapped"] for rank in facts)
+@pytest.mark.parametrize("how", RESIZING)
+def test_a_checkpoint_of_other_sizes_than_the_wrappers(facts, how):
+    for rank in facts:
+        assert rank["resumed"][how] == {"from uninterrupted": 0, "between ranks": 0}
+
+
+@pytest.mark.parametrize("how", ["unwrapped", "unwrapped, by hand", "unwrapped, other settings"])
+def test_sizes_that_a_wrapper_cannot_follow_are_refused(facts, how):
+    assert all("Give TopKastController the wrapped model" in rank[how] for rank in facts)
+
+
+def test_wrappers_that_cannot_follow_are_refused(facts):
+    for rank in facts:
+        assert "only in the default process group and without static_graph" in rank["static graph"]
+        assert "since DDP laid out its gradient buckets" in rank["loaded last"]
 
 
 @pytest.mark.parametrize("how", ["other sets", "other calibration", "drift"])
