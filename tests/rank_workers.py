@@ -61,12 +61,24 @@ def train(
         torch.save(state, Path(directory) / "report.pt")
 
 
-def refused_by_trainer(directory: str, **config):
-    """Rank 0 writes why `TopKastTrainer` refuses these settings."""
+class Plain(torch.nn.Module):
+    """A model that is none of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_gpt2()
+
+    def forward(self, input_ids, labels):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def refused_by_trainer(directory: str, plain: bool = False, **config):
+    """Each rank writes why `TopKastTrainer` refuses these settings."""
     pass_for_gpus()
-    config = TopKastConfig(density=0.2, **config)
+    config = TopKastConfig(density=0.2, **({"target_modules": ["c_fc", "c_proj"]} if plain else {}), **config)
     try:
-        make_trainer(directory, config=config, use_cpu=False, save_strategy="steps")
+        kind = Plain if plain else make_gpt2
+        make_trainer(directory, make_model=kind, config=config, use_cpu=False, save_strategy="steps")
     except ValueError as error:
         Path(directory, f"refusal-{os.environ['RANK']}.txt").write_text(str(error))
 

@@ -34,8 +34,8 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w0", unk_token="w1")
 
 
-def make_sparse(make_model):
-    return sparsify(make_model(), copy.deepcopy(CONFIG)).train()
+def make_sparse(make_model, config=CONFIG):
+    return sparsify(make_model(), copy.deepcopy(config)).train()
 
 
 def keep_batches(trainer):
@@ -86,10 +86,10 @@ def test_plain_loop(by_trainer):
     assert same_weights(model, expected)
 
 
-def accelerate_run(make_model, batches, directory, save_after=None, load=False):
+def accelerate_run(make_model, batches, directory, save_after=None, load=False, config=CONFIG):
     """An Accelerate loop, which may save its state and stop, or begin with a saved one."""
     accelerator = Accelerator(cpu=True)
-    model = make_sparse(make_model)
+    model = make_sparse(make_model, config)
     optimizer, controller, scheduler = make_optimizer(model)
     prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     accelerator.register_for_checkpointing(controller)
@@ -118,6 +118,25 @@ def test_accelerate_saves_and_loads_its_state(by_trainer, tmp_path, cut):
     make_model, batches, expected = by_trainer
     accelerate_run(make_model, batches, tmp_path, save_after=cut)
     assert same_weights(accelerate_run(make_model, batches, tmp_path, load=True), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": 0.2, "method": "rigl", "update_until": 8},
+        {"density": 0.5},
+        {"density": 0.5, "reservoir_device": "disk"},
+        {"density": 0.2, "initial_density": 1.0, "schedule_begin": 6, "schedule_end": 9},
+    ],
+    ids=str,
+)
+def test_accelerates_state_of_layers_without_a_reservoir(by_trainer, tmp_path, settings):
+    """Of all empty tensors it saves one."""
+    make_model, batches, _ = by_trainer
+    config = TopKastConfig(refresh_every=3, **settings)
+    expected = accelerate_run(make_model, batches, tmp_path, config=config)
+    accelerate_run(make_model, batches, tmp_path, save_after=4, config=config)
+    assert same_weights(accelerate_run(make_model, batches, tmp_path, load=True, config=config), expected)
 
 
 def test_trl(by_trainer, tmp_path):

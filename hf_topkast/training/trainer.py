@@ -87,6 +87,11 @@ class TopKastTrainerMixin(MixedInto):
                     "SHARDED_STATE_DICT does not bring back. Set fsdp_state_dict_type to FULL_STATE_DICT, or "
                     "save_strategy='no'."
                 )
+            if self._whole_checkpoints and not self._saved_by_us and self.args.save_strategy != "no":
+                raise ValueError(
+                    f"{type(self.model).__name__} is no transformers model, and a FULL_STATE_DICT of it could not be "
+                    "resumed. Set fsdp_state_dict_type to SHARDED_STATE_DICT, or save_strategy='no'."
+                )
             resizes = config.initial_density or config.explore_until or config.distribution == "global"
             if resizes and sharded_files:
                 raise ValueError(

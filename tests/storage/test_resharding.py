@@ -23,6 +23,12 @@ def test_sharded_checkpoints_of_sizes_that_change_are_refused_before_training(tm
         assert "fsdp_state_dict_type to FULL_STATE_DICT" in (tmp_path / f"refusal-{rank}.txt").read_text()
 
 
+def test_full_checkpoints_of_what_is_no_transformers_model_are_refused_before_training(tmp_path):
+    launch("refused_by_trainer", engine="fsdp", directory=str(tmp_path), plain=True)
+    for rank in range(2):
+        assert "fsdp_state_dict_type to SHARDED_STATE_DICT" in (tmp_path / f"refusal-{rank}.txt").read_text()
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, "on disk"])
 def test_sizes_that_change_under_fsdp_equal_one_process(sharded, name):
     config = CONFIGS["scheduled"] if name == "on disk" else CONFIGS[name]

@@ -63,3 +63,14 @@ def test_offsets_of_other_columns_are_named():
     del state["0.sets_digest"]
     with pytest.raises(RuntimeError, match="Layer '0': the state's row_offsets end at 3, but it holds 32 columns"):
         make().load_state_dict(state)
+
+
+@pytest.mark.parametrize("settings", [{"method": "rigl"}, {"backward_density": 1.0}])
+def test_a_reservoir_that_has_nothing_may_be_missing(settings):
+    one, other = make(**settings), make(**settings)
+    other[0].values.data.mul_(2)
+    state = {key: value for key, value in other.state_dict().items() if not key.endswith("reservoir")}
+    one.load_state_dict(state)
+    assert torch.equal(one[0].theta(), other[0].theta())
+    with pytest.raises(RuntimeError, match="Missing key.*reservoir"):
+        make().load_state_dict({key: value for key, value in make().state_dict().items() if "reservoir" not in key})

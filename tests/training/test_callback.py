@@ -1,8 +1,11 @@
+import logging
+import re
+
 import pytest
 from toy_training import checkpointed, make_trainer, same_weights
 from transformers import Trainer, TrainerCallback
 
-from hf_topkast import TopKastCallback
+from hf_topkast import TopKastCallback, TopKastConfig
 
 
 def test_a_plain_trainers_loggers_get_the_metrics(tmp_path):
@@ -46,3 +49,25 @@ def test_only_one_callback(tmp_path):
     other = make_trainer(tmp_path)
     other.train()
     assert same_weights(trainer.model, other.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"explore_until": 0.5}, r"exploration ends at step 6 then, 12 now\. What had ended may begin again"),
+        ({"initial_density": 0.8}, r"the density falls in steps \[0, 6\] then, \[0, 12\] now"),
+        ({"explore_until": 6}, None),
+    ],
+    ids=str,
+)
+def test_another_number_of_steps_moves_fractions_which_is_said(tmp_path, caplog, monkeypatch, settings, said):
+    monkeypatch.setattr(logging.getLogger("hf_topkast"), "propagate", True)
+    config = TopKastConfig(density=0.2, refresh_every=2, **settings)
+    kind = {"config": config, "save_strategy": "steps", "save_steps": 8}
+    make_trainer(tmp_path, max_steps=12, **kind).train()
+    make_trainer(tmp_path, max_steps=12, **kind).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert "other moments" not in caplog.text
+    make_trainer(tmp_path, max_steps=24, **kind).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    messages = [record.message for record in caplog.records if "from step 8 has other moments" in record.message]
+    assert len(messages) == (said is not None)
+    assert said is None or re.search(said, messages[0])
