@@ -242,7 +242,11 @@ def check_setting(action: argparse.Action, value: Any, path: str, needed: bool) 
         raise ValueError(f"`{action.dest}` is null in `{path}`: give a number, or leave it out for {action.default}.")
     for each in value if isinstance(value, list) else [value]:
         if action.choices is not None and each is not None and each not in action.choices:
-            hint = ' YAML takes no and off without quotes for false: write "no".' if each is False else ""
+            hint = (
+                ' YAML takes no and off without quotes for false: write "no".'
+                if each is False and "no" in action.choices
+                else ""
+            )
             raise ValueError(
                 f"`{action.dest}` is {each!r} in `{path}`: it must be one of {list(action.choices)}.{hint}"
             )

@@ -178,7 +178,7 @@ class Costs(TrainerCallback, ExportableState):
         saved = _saved_attributes(self, state)
         self.peak_state_bytes = saved.get("peak_state_bytes", 0)
         self.flops_per_weight = saved.get("flops_per_weight", 0.0)
-        if state.global_step and not saved:
+        if state.global_step and "flops_per_weight" not in saved:
             self.flops_per_weight = state.global_step * self._flops_per_weight()
             logger.warning(
                 "The checkpoint has no count of what steps take, as an earlier version wrote it: its "

@@ -65,6 +65,8 @@ class Timetable:
         return self.exploration_end is None or step < self.exploration_end
 
     def moments(self) -> dict[str, Any]:
-        """The steps at which its schedules begin and end, in JSON types."""
-        window = self.density_window
-        return {"exploration_end": self.exploration_end, "density_window": window and list(window)}
+        """The steps at which its schedules begin and end, in JSON types; none where sets never change."""
+        if not get_method(self.config.method).refreshes:
+            return {}
+        window = self.density_window and list(self.density_window)
+        return {"exploration": self.exploration_end, "exchanges": self.last_exchange, "density": window}

@@ -76,6 +76,7 @@ def correct_in_order(
     for name in names:
         blocks.setdefault(_block_of(name), []).append(name)
     shortcut = Shortcut(model, open=len(batches) > 1)
+    checked = -1
     for path, members in blocks.items():
         layers = {name: layer_named(model, name) for name in members}
 
@@ -84,10 +85,18 @@ def correct_in_order(
                 run_batches(model, layers, [batches[place]], functools.partial(_add_to, grams), stop_early=True)
 
         grams: dict[str, Tensor] = {}
-        gather(0, False, grams)
-        if shortcut.saves and not _agrees(grams, functools.partial(gather, 0, True)):
-            shortcut.open = False
-        for place in range(1, len(batches)):
+        places = list(range(len(batches)))
+        if shortcut.saves:
+            # Not the batch that was the last to go the whole way, of which a block may have kept something.
+            checked = (checked + 1) % len(batches)
+            places.remove(checked)
+            if not _agrees(functools.partial(gather, checked), grams):
+                shortcut.close()
+                logger.warning(
+                    f"correct=True: '{members[0]}' reads more than the output of the block before its own. The model "
+                    "is run from its beginning for each block that is left, which takes longer."
+                )
+        for place in places:
             gather(place, shortcut.saves, grams)
         for name in members:
             gram = grams.pop(name)
@@ -95,21 +104,16 @@ def correct_in_order(
         shortcut.add(path)
 
 
-def _agrees(grams: dict[str, Tensor], gather: Callable[[dict[str, Tensor]], None]) -> bool:
-    """Whether the shortcut gives the Gram matrices that the whole way gave, but for rounding; a warning if not."""
-    again: dict[str, Tensor] = {}
+def _agrees(gather: Callable[[bool, dict[str, Tensor]], None], grams: dict[str, Tensor]) -> bool:
+    """Adds a batch by the whole way, and says whether the shortcut would have added the same, but for rounding."""
+    short: dict[str, Tensor] = {}
     with contextlib.suppress(AssertionError, ValueError):  # a block was given what it does not expect
-        gather(again)
-    same = again.keys() == grams.keys() and all(
-        torch.allclose(again[name], gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
+        gather(True, short)
+    gather(False, grams)
+    return short.keys() == grams.keys() and all(
+        torch.allclose(short[name], gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
         for name, gram in grams.items()
     )
-    if not same:
-        logger.warning(
-            f"correct=True: '{next(iter(grams))}' reads more than the output of the block before its own. The model "
-            "is run from its beginning for each block that is left, which takes longer."
-        )
-    return same
 
 
 def _add_to(grams: dict[str, Tensor], name: str, x: Tensor, ends: Tensor | None = None):

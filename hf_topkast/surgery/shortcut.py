@@ -37,11 +37,16 @@ class Shortcut:
 
     def add(self, path: str):
         """Counts the block at `path` as done with; where no module is, there is no way past it."""
+        self.before, self.last = self.last, {}
         try:
             self.done.append(self.model.get_submodule(path))
         except AttributeError:
-            self.open = False
-        self.before, self.last = self.last, {}
+            self.close()
+
+    def close(self):
+        """From now on it is not taken."""
+        self.open = False
+        self.before, self.last = {}, {}
 
     @contextlib.contextmanager
     def passing(self, batch: int, short: bool):

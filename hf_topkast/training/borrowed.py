@@ -13,17 +13,17 @@ from typing import Any
 from torch import nn
 
 
-def borrowers(model: nn.Module, lender: nn.Module) -> list[nn.Module]:
-    """The modules of a model that have a `forward` of their own by which one of the lender's modules is run."""
+def borrowers(model: nn.Module, lender: nn.Module) -> list[str]:
+    """The names of a model's modules whose own `forward`, noted on the module, runs one of the lender's modules."""
     lent = {id(module) for module in lender.modules()}
-    own = [(module, vars(module)["forward"]) for module in model.modules() if "forward" in vars(module)]
-    return [module for module, forward in own if any(id(each) in lent for each in _modules_in(forward))]
+    own = [(name, vars(module)["forward"]) for name, module in model.named_modules() if "forward" in vars(module)]
+    return [name for name, forward in own if any(id(each) in lent for each in _modules_in(forward))]
 
 
 def give_back(model: nn.Module, lender: nn.Module) -> None:
     """Leaves the modules of a copy that run modules of the model it was copied from with their class's `forward`."""
-    for module in borrowers(model, lender):
-        del module.forward
+    for name in borrowers(model, lender):
+        del model.get_submodule(name).forward
 
 
 def _modules_in(forward: Any) -> Iterator[nn.Module]:
@@ -43,6 +43,11 @@ def _modules_in(forward: Any) -> Iterator[nn.Module]:
             held += [each.func, *each.args, *each.keywords.values(), *vars(each).values()]
         elif isinstance(each, FunctionType):
             held += [*vars(each).values(), *map(_contents, each.__closure__ or ())]
+            held += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
+        elif isinstance(each, list | tuple):
+            held += each
+        elif isinstance(each, dict):
+            held += each.values()
         elif callable(each) and not isinstance(each, type):  # an object that calls what it has noted
             held += getattr(each, "__dict__", {}).values()
 

@@ -98,10 +98,11 @@ def check_reference(args: TrainingArguments, model: nn.Module, reference: nn.Mod
         ValueError: if `sync_ref_model` is set where sets change, or if the reference runs the model itself.
     """
     if isinstance(reference, nn.Module) and reference is not model and borrowers(reference, model):
+        name = f"ref_model.{borrowers(reference, model)[0]}".rstrip(".")
         raise ValueError(
             "The reference model's forward runs the model in training: it is a copy of it, made after a trainer had "
-            "given the model a forward of its own, and copies hold the former one. Call `del ref_model.forward` "
-            "before you give it to the trainer, or load it from where it was saved."
+            f"given the model a forward of its own, and copies hold the former one. Call `del {name}.forward` before "
+            "you give it to the trainer, or load it from where it was saved."
         )
     refreshes = get_method(sparse_info(model).config.method).refreshes
     if refreshes and getattr(args, "sync_ref_model", False):

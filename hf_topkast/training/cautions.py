@@ -90,18 +90,18 @@ def warn_of_other_moments(then: dict[str, Any] | None, now: dict[str, Any], step
             was not noted.
         step (`int`, *optional*): the one that it goes on from.
     """
-    if then is None or then == now:
-        return
     changes = [
-        f"{what} {then[key]} then, {now[key]} now"
+        f"{what} {(then or {}).get(key)} then, {now[key]} now"
         for key, what in (
-            ("exploration_end", "exploration ends at step"),
-            ("density_window", "the density falls in steps"),
+            ("exploration", "exploration ends at step"),
+            ("exchanges", "exchanges end at step"),
+            ("density", "the density falls in steps"),
         )
-        if then[key] != now[key]
+        if then and key in now and then.get(key) != now[key]
     ]
-    logger.warning(
-        f"The training that goes on from step {step} has other moments than before: {'; '.join(changes)}. What had "
-        "ended may begin again. Fractions are of all steps, which another number of processes or epochs changes: give "
-        "max_steps, or steps in the place of fractions."
-    )
+    if changes:
+        logger.warning(
+            f"The schedules of the training that goes on from step {step} begin or end at other steps than before: "
+            f"{'; '.join(changes)}. What had ended may begin again. Fractions are of all steps, which another number "
+            "of processes or epochs changes: give max_steps, or steps in the place of fractions."
+        )

@@ -145,20 +145,19 @@ class TopKastController:
 
         def closure_and_changes() -> Any:
             self._changes.settle()
-            loss = closure()
-            with torch.no_grad():
-                self._refresher.before_step(self.step + 1)
-                self._begin_changes()
+            with self._groups.given_back_on_error():
+                loss = closure()
+                with torch.no_grad():
+                    self._refresher.before_step(self.step + 1)
+            self._begin_changes()
             return loss
 
         return args[:1], {**kwargs, "closure": closure_and_changes}
 
+    @torch.no_grad()
     def _begin_changes(self) -> None:
-        try:
+        with self._groups.given_back_on_error():
             self._changes.begin(self._density, self._compares())
-        except ValueError:
-            self._groups.end()  # whose owner may add the one that is missing
-            raise
 
     def _former_training(self, values: list[nn.Parameter]) -> str | None:
         """What tells of a training before this one: the model's count of steps, which state dicts lack, or moments."""

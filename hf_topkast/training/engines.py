@@ -1,6 +1,7 @@
 """What spreads a training over processes: the engines that sparse parameters can train under, and DDP's buckets."""
 
 from collections.abc import Iterable, Mapping
+from math import prod
 
 import torch.distributed as dist
 from torch import nn
@@ -21,8 +22,6 @@ FSDP1 = (
     "FSDP 1 flattens parameters together, so that sparse values cannot move by themselves. Use FSDP2: accelerate "
     "launch --use_fsdp --fsdp_version 2, or torch's fully_shard."
 )
-
-NOTE = "topkast_sizes"  # what a DDP wrapper has of the sizes that its buckets were laid out for
 
 
 def check_engine(model: nn.Module, optimizer: Optimizer):
@@ -98,9 +97,8 @@ class Buckets:
         self._sizes = self._present()
         if ddp is None or not _can_rebuild(ddp):
             return
-        # The wrapper may be older than sizes that were loaded; one that had a controller before has its sizes noted.
-        loaded = any(layer.assignments for layer in layers.values())
-        self._sizes = vars(ddp).get(NOTE, {} if loaded else self._sizes)
+        if any(layer.assignments for layer in layers.values()):  # the wrapper may be older than the sizes
+            self._sizes = {}
         self.fit()
 
     def fit(self, setting: str = "A checkpoint"):
@@ -119,8 +117,19 @@ class Buckets:
             if self._ddp is not None:
                 rebuild_buckets(self._ddp)
             self._sizes = present
-        if self._ddp is not None:
-            setattr(self._ddp, NOTE, present)
+
+    def expect(self, stored: Mapping[str, int]):
+        """
+        Before layers get so many blocks in B.
+
+        Raises:
+            ValueError: if that changes sizes, and the buckets cannot follow.
+        """
+        layers = {name: self._layers[name] for name in stored}
+        if any(
+            blocks * prod(layers[name].block_size) != layers[name].values.numel() for name, blocks in stored.items()
+        ):
+            check_resizing("A refresh", layers.values(), self._ddp)
 
     def follow_load(self):
         """After a state was loaded. Without a wrapper that is known, one is to be made yet."""

@@ -4,6 +4,7 @@ has its place, and with a learning rate of their own.
 """
 
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -71,3 +72,12 @@ class OwnGroups:
             changed = {"params", "weight_decay"} | (set() if self._lr_scale == 1 else {"lr"})
             group.update({key: noted[key] for key in noted if key not in changed})
         self._optimizer.param_groups, self._own = self._own, None
+
+    @contextmanager
+    def given_back_on_error(self):
+        """An error within it ends the step: a group that the owner adds then is not to go to those of the step."""
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise

@@ -148,6 +148,7 @@ class Refresher:
         self._observer.follow_inputs()
         chosen = self._take_choice(step)
         sizes = self._sizes(step, moving) if chosen is None else {}
+        self.buckets.expect({name: sum(stored for _, stored in parts) for name, parts in sizes.items()})
         moving = {name: layer for name, layer in moving.items() if name not in self._observer.unseen}
         members = {name: layer.active_count for name, layer in moving.items()}
         arriving, left = reservoirs(moving.values()), {}
@@ -181,7 +182,9 @@ class Refresher:
         Raises:
             ValueError: if what wraps the model cannot follow; nothing has changed then.
         """
-        check_resizing("end_exploration()", self._moving().values(), self._ddp)
+        exploring = [layer for layer in self._moving().values() if layer.backward_density > layer.density]
+        if exploring:
+            check_resizing("end_exploration()", exploring, self._ddp)
         self._stopped, self.timetable = step, replace(self.timetable, exploration_end=step)
         self.end_exploration()
 

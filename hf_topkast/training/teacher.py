@@ -91,10 +91,12 @@ def check_teacher(teacher: PreTrainedModel, student: nn.Module, hidden: bool):
             f"The teacher is {what}, and would change with it. Take its weights of before: teacher = "
             "copy.deepcopy(model), and then sparsify(model, ...)."
         )
-    if borrowers(teacher, student):
+    borrowing = borrowers(teacher, student)
+    if borrowing:
+        part = f"teacher.{borrowing[0]}".rstrip(".")
         raise ValueError(
             "The teacher's forward runs the student: it is a copy of it, made after a trainer (of TRL, say) had given "
-            "the student one of its own, and copies hold the former. Call `del teacher.forward`, or load the teacher "
+            f"the student one of its own, and copies hold the former. Call `del {part}.forward`, or load the teacher "
             "from where it was saved."
         )
     sparse = [name for name, _ in sparse_layers(teacher)]

@@ -189,6 +189,10 @@ def test_a_checkpoint_without_costs_is_gone_on_from(tmp_path, caplog, monkeypatc
     costs, _ = costs_of(model, 1, Costs(), state)
     assert costs.flops_per_weight == pytest.approx(3 * 2) and "has no count" in caplog.text
     assert state.stateful_callbacks["Costs"]["attributes"]["flops_per_weight"] == pytest.approx(0)
+    caplog.clear()
+    other = {"Costs": {"args": {}, "attributes": {"passes": 4.0, "peak_state_bytes": 7}}}  # as another version counts
+    costs, _ = costs_of(model, 1, Costs(), TrainerState(global_step=2, stateful_callbacks=other))
+    assert costs.flops_per_weight == pytest.approx(3 * 2) and "has no count" in caplog.text
 
 
 def test_experts_count_by_the_weights_that_a_token_meets():

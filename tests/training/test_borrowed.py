@@ -48,12 +48,21 @@ def in_an_object(model):
     model.forward = lambda *args, **kwargs: caller(*args, **kwargs)
 
 
+def in_a_default(model):
+    model.forward = lambda *args, former=model.forward, **kwargs: former(*args, **kwargs)
+
+
+def in_a_list(model):
+    held = {"forwards": [model.forward]}
+    model.forward = lambda *args, **kwargs: held["forwards"][0](*args, **kwargs)
+
+
 def bound(model):
     """As accelerate's autocast: a copy has one that is bound to the copy."""
     model.forward = MethodType(type(model).forward, model)
 
 
-LENDING = [in_a_closure, wrapped, in_an_object]
+LENDING = [in_a_closure, wrapped, in_an_object, in_a_default, in_a_list]
 
 
 def moved(model):
@@ -100,6 +109,14 @@ def test_a_teacher_that_runs_its_student_is_refused(patch):
         check_teacher(teacher, student, hidden=False)
     del teacher.forward
     check_teacher(teacher, student, hidden=False)
+
+
+def test_the_part_that_runs_another_model_is_named():
+    student = make_llama()
+    in_a_closure(student.model)
+    teacher = copy.deepcopy(student)
+    with pytest.raises(ValueError, match="Call `del teacher.model.forward`"):
+        check_teacher(teacher, student, hidden=False)
 
 
 def test_a_reference_that_runs_the_model_is_refused():

@@ -562,6 +562,9 @@ def test_layer_unfrozen_behind_the_optimizer_is_named():
     with pytest.raises(ValueError, match=r"'transformer\.h\.0\.mlp\.c_fc' has a gradient.*unfrozen"):
         optimizer.step()
     assert len(optimizer.param_groups) == 1
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert len(optimizer.param_groups) == 1
     before = frozen.detach().clone()
     optimizer.add_param_group({"params": [frozen]})
     optimizer.step()
