@@ -161,9 +161,9 @@ class Costs(TrainerCallback, ExportableState):
     What the steps take of a model whose sets may change at any refresh.
 
     Attributes:
-        flops_per_weight (`float`): Of one token, summed over the steps: 2 for each weight of A forward, 2 for the
-            gradient of the input, 2 for each of B for that of the weight; over all weights of the sparse layers. 6 a
-            step in a dense model.
+        flops_per_weight (`float`): FLOPs that one token costs for each weight of the sparse layers, summed over the
+            steps: 2 for a weight of A forward, 2 for the gradient of the input, 2 for one of B for that of the weight.
+            In a dense model 6 a step.
         peak_state_bytes (`int`): The most that parameters, gradients and Adam moments, indices and reservoir took.
     """
 
