@@ -223,7 +223,8 @@ class TopKastController:
         changes.
 
         Raises:
-            ValueError: if a weight is NaN or infinite; the message names the layer.
+            ValueError: if a weight is NaN or infinite (the message names the layer), or if that changes sizes which
+                what wraps the model cannot follow.
         """
         self._refresher.forget_choice()
         self._refresher.before_refresh(self.step)
@@ -232,7 +233,12 @@ class TopKastController:
 
     @torch.no_grad()
     def end_exploration(self) -> None:
-        """Makes B := A in every layer from now on, which gives the memory and the work of B\\A back."""
+        """
+        Makes B := A in every layer from now on, which gives the memory and the work of B\A back.
+
+        Raises:
+            ValueError: if what wraps the model cannot follow the sizes; nothing has changed then.
+        """
         self._refresher.stop_exploring(self.step)
         self._see_layers()
 
@@ -312,7 +318,8 @@ class TopKastController:
         Continues from [`state_dict`]. Load the model and the optimizer as well.
 
         Raises:
-            ValueError: if `state` has no step count, or sets for other layers.
+            ValueError: if `state` has no step count, or sets for other layers, or if DDP cannot follow the sizes that
+                the model has been loaded with.
         """
         if not isinstance(state.get("step"), int):
             raise ValueError(f"Not the state of a TopKastController: it needs an integer 'step', got {state!r}.")
