@@ -234,7 +234,7 @@ class TopKastController:
     @torch.no_grad()
     def end_exploration(self) -> None:
         """
-        Makes B := A in every layer from now on, which gives the memory and the work of B\A back.
+        Makes B := A in every layer from now on, which gives the memory and the work of the rest back.
 
         Raises:
             ValueError: if what wraps the model cannot follow the sizes; nothing has changed then.
