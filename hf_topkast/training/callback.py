@@ -97,8 +97,10 @@ def check_reference(args: TrainingArguments, model: nn.Module, reference: nn.Mod
     Raises:
         ValueError: if `sync_ref_model` is set where sets change, or if the reference runs the model itself.
     """
-    if isinstance(reference, nn.Module) and reference is not model and borrowers(reference, model):
-        name = f"ref_model.{borrowers(reference, model)[0]}".rstrip(".")
+    other = isinstance(reference, nn.Module) and reference is not model
+    borrowing = borrowers(reference, model) if other else []
+    if borrowing:
+        name = f"ref_model.{borrowing[0]}".rstrip(".")
         raise ValueError(
             "The reference model's forward runs the model in training: it is a copy of it, made after a trainer had "
             f"given the model a forward of its own, and copies hold the former one. Call `del {name}.forward` before "
