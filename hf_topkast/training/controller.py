@@ -7,15 +7,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..layers import TopKastLayer
-from ..storage import find_handles, local, sum_over_ranks
+from ..storage import find_handles
 from ..surgery import sparse_info, sparse_layers, sparse_root
-from . import powerprop
 from .cautions import warn_of_restart, warn_of_unfinished_schedule
-from .changes import ValueChanges, active_here
+from .changes import ValueChanges
 from .engines import check_engine, find_ddp
+from .metrics import density_of, learning_rate_metric, penalty_of_layers, size_metrics
 from .optimizers import check_optimizer, holds_state, unwrap_optimizer
 from .own_groups import OwnGroups
-from .penalty import penalty_of
 from .refresher import Refresher
 from .settled import Settled
 from .step_guard import StepGuard
@@ -267,38 +266,20 @@ class TopKastController:
     @property
     def density(self) -> float:
         """Σ|A| / Σn over the sparse layers, as it is now."""
-        layers = self.layers.values()
-        return sum(layer.active_count for layer in layers) / sum(layer.numel for layer in layers)
+        return density_of(self.layers.values())
 
     @torch.no_grad()
     def penalty(self) -> float:
         """The penalty at the present values, λ/2·(Σ_A θ² + Σ_{B\\A} θ²/density), in nats like the loss."""
-        total = 0.0
-        for layer in self.layers.values():
-            if not layer.values.requires_grad:
-                continue
-            values = local(layer.values)
-            if self.config.powerprop_alpha != 1:
-                values = powerprop.trained(values, self.config.powerprop_alpha)
-            part = penalty_of(values, active_here(layer), self._density)
-            total += float(sum_over_ranks(part, layer.values))
-        return self.config.penalty / 2 * total
+        return penalty_of_layers(self.layers.values(), self.config, self._density)
 
     def metrics(self) -> dict[str, float]:
         """What loggers show, under `topkast/`: densities, churn, reservoir use, penalty and the refresh's seconds."""
-        weights = sum(layer.numel for layer in self.layers.values())
-        first_reservoir = [int(layer.initial_reservoir_size) for layer in self.layers.values()]
-        used = sum(layer.reservoir_use * size for layer, size in zip(self.layers.values(), first_reservoir))
         metrics = {
-            "topkast/density": self.density,
-            "topkast/backward_density": sum(layer.values.numel() for layer in self.layers.values()) / weights,
-            "topkast/reservoir_use": used / max(1, sum(first_reservoir)),
+            **size_metrics(self.layers.values()),
             "topkast/penalty": self.penalty(),
+            **learning_rate_metric(self.layers.values(), self.optimizer, self.config),
         }
-        values = {id(layer.values) for layer in self.layers.values() if layer.values.requires_grad}
-        held = (group for group in self.optimizer.param_groups if values & set(map(id, group["params"])))
-        if self.config.lr_scale != 1 and (group := next(held, None)) is not None:  # frozen layers need not be held
-            metrics["topkast/learning_rate"] = float(group["lr"]) * self.config.lr_scale
         if self.mask_churn is not None:
             metrics["topkast/mask_churn"] = self.mask_churn
         if self.refresh_seconds is not None:

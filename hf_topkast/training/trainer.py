@@ -1,10 +1,7 @@
 """Top-KAST under `transformers.Trainer`: thin, since all mask work is the controller's."""
 
-import json
 import os
-import pickle
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,29 +11,24 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from transformers.utils import logging
 
 from ..checkpoints import (
     OUR_FILES,
     CheckpointError,
-    SparseState,
     flush,
     flush_tree,
     last_whole_checkpoint,
     load_checkpoint,
 )
-from ..config import TopKastConfig
 from ..method import describe_method
 from ..storage import local, raise_together
 from ..surgery import count_sparsity, keep_buffers_from_ddp, sparse_info, sparse_layers
-from .callback import AHEAD_NAME, TopKastCallback, check_reference, saved_schedule
+from .callback import AHEAD_NAME, TopKastCallback, check_reference
 from .controller import TopKastController
 from .engines import DEEPSPEED, FSDP1
 from .layer_logger import TopKastLayerLogger
 from .optimizers import load_whole_state, unwrap_optimizer, whole_state
-
-
-logger = logging.get_logger(__name__)
+from .resuming import read_ahead, resumable_step, warn_of_other_settings
 
 
 if TYPE_CHECKING:
@@ -229,7 +221,7 @@ class TopKastTrainerMixin(MixedInto):
             self._load_from_checkpoint(checkpoint)
         self._topkast_callback.ahead = None
         if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, AHEAD_NAME)):
-            self._topkast_callback.ahead = _read_ahead(os.path.join(checkpoint, AHEAD_NAME))
+            self._topkast_callback.ahead = read_ahead(os.path.join(checkpoint, AHEAD_NAME))
         if checkpoint is None or not self._whole_checkpoints:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -248,7 +240,7 @@ class TopKastTrainerMixin(MixedInto):
                 f"{resume_from_checkpoint} mixes two moments: its {TRAINER_STATE_NAME} is of optimizer step {step}, "
                 f"its weights are of step {state.step}. Resume from another checkpoint."
             )
-        _warn_of_other_settings(sparse_info(self.model).config, state)
+        warn_of_other_settings(sparse_info(self.model).config, state)
 
     def _load_best_model(self) -> None:
         if self._saved_by_us:
@@ -279,41 +271,3 @@ class TopKastTrainer(TopKastTrainerMixin, Trainer):
     TopKastTrainer(model=model, args=training_args, train_dataset=dataset).train()
     ```
     """
-
-
-def resumable_step(directory: str | os.PathLike[str]) -> int:
-    """
-    The optimizer step at which a checkpoint's training stopped.
-
-    Raises:
-        CheckpointError: if the directory, the optimizer's state or Trainer's is missing, or Trainer's is damaged.
-    """
-    if not os.path.isdir(directory):
-        raise CheckpointError(f"There is no checkpoint directory '{directory}'.")
-    for name in (OPTIMIZER_NAME, TRAINER_STATE_NAME):
-        if not os.path.isfile(os.path.join(directory, name)):
-            raise CheckpointError(
-                f"{directory} has no {name}, so training cannot be resumed exactly (save_only_model writes none). "
-                "Start a new training from its weights: from_pretrained, and train without resume_from_checkpoint."
-            )
-    path = os.path.join(directory, TRAINER_STATE_NAME)
-    with open(path, encoding="utf-8") as file:
-        try:
-            state = json.load(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
-    return saved_schedule(state.get("stateful_callbacks") or {}, state["global_step"])["step"]
-
-
-def _read_ahead(path: str) -> dict[str, Any]:
-    try:
-        return torch.load(path, weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}). Use another checkpoint.") from error
-
-
-def _warn_of_other_settings(config: TopKastConfig, state: SparseState) -> None:
-    for name in (spec.name for spec in fields(config)):
-        now, then = getattr(config, name), getattr(state.config, name)
-        if now != then:
-            logger.warning(f"Resuming with {name}={now!r}; the checkpoint was trained with {name}={then!r}.")

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from plain_loop import adafactor, adam, adamw, adamw_fused, rmsprop, sgd, train
 from tiny_families import make_family
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_models import loss_of, make_gpt2, token_batches
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_topkast import TopKastController, sparsify
+from hf_topkast import TopKastConfig, TopKastController, sparsify
 from hf_topkast.storage import Arriving, Pattern, distributed
 from hf_topkast.surgery import sparse_layers
 
@@ -100,3 +101,54 @@ def test_a_refresh_takes_the_memory_of_one_expert(method, place, monkeypatch):
         return living.most
 
     assert most(32) < 1.1 * most(8)
+
+
+def snapshot(controller):
+    """θ and every moment as dense tensors, so that a weight keeps its place."""
+    result = {}
+    for name, layer in controller.layers.items():
+        dense = {"theta": layer.theta().flatten(), "stored": layer.pattern.backward_mask().flatten()}
+        for key, moment in controller.optimizer.state[layer.values].items():
+            if torch.is_tensor(moment) and moment.ndim:
+                dense[key] = torch.full((layer.numel,), float("nan"), dtype=moment.dtype)
+                dense[key][layer.pattern.flat_index()] = moment
+        result[name] = dense
+    return result
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, adamw_fused, rmsprop, adafactor])
+@pytest.mark.parametrize("new_state", ["zero", "mean"])
+def test_refresh_moves_state_with_its_weight(make_model, make_optimizer, new_state):
+    config = TopKastConfig(density=0.2, refresh_every=1000, new_state=new_state)
+    model = sparsify(make_model(), config)
+    _, controller = train(model, config, make_optimizer, [[tokens] for tokens in token_batches(4)])
+    with torch.no_grad():  # so that many weights change sets
+        for layer in controller.layers.values():
+            layer.values[::3] *= 0.01
+    before = snapshot(controller)
+    means = {
+        (name, key): moment.mean()
+        for name, layer in controller.layers.items()
+        for key, moment in controller.optimizer.state[layer.values].items()
+        if torch.is_tensor(moment) and moment.ndim
+    }
+    controller.refresh()
+    after = snapshot(controller)
+    assert controller.mask_churn > 0.1
+    for name in before:
+        stored, was_stored = after[name].pop("stored"), before[name].pop("stored")
+        assert torch.equal(after[name].pop("theta"), before[name].pop("theta"))
+        assert (stored & ~was_stored).any() and (was_stored & ~stored).any()
+        for key, moment in after[name].items():
+            assert torch.equal(moment[stored & was_stored], before[name][key][stored & was_stored])
+            second = key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "variance")
+            fresh = means[name, key] if second and new_state == "mean" else 0.0
+            assert (moment[stored & ~was_stored] == fresh).all()
+
+
+def test_reservoir_is_untouched_between_refreshes(make_model):
+    config = TopKastConfig(density=0.2, refresh_every=1000)
+    model = sparsify(make_model(), config)
+    before = {name: layer.reservoir.clone() for name, layer in sparse_layers(model)}
+    train(model, config, adamw, [[tokens] for tokens in token_batches(5)])
+    assert all(torch.equal(layer.reservoir, before[name]) for name, layer in sparse_layers(model))
