@@ -9,6 +9,7 @@ from .set_watch import mixture
 
 
 STRUCTURE = ("row_offsets", "columns")
+PARTS = ("values", "reservoir", *STRUCTURE)
 
 
 def dense_state(name: str, stock: str) -> str:
@@ -36,13 +37,16 @@ class StoredState(nn.Module):
         if stock in state_dict and f"{prefix}values" not in state_dict:
             errors.append(dense_state(prefix[:-1], stock))
             return
-        if f"{prefix}values" in state_dict and not any(prefix + name in state_dict for name in STRUCTURE):
+        self._add_empty_reservoir(state_dict, prefix)
+        absent = [name for name in PARTS if prefix + name not in state_dict]
+        assign = metadata.get("assign_to_params_buffers", False)
+        if 0 < len(absent) < len(PARTS) and not assign:  # with it they may come one by one
+            named = ", ".join(f'"{prefix}{name}"' for name in absent)
             errors.append(
-                f"Layer '{prefix[:-1]}': the state has values and not the sets that they belong to, which may be "
-                "others by now. Take model.state_dict(), which has both, and not the parameters alone."
+                f"Missing key(s) {named}: values, reservoir and sets of layer '{prefix[:-1]}' belong together, and "
+                "its own may be others by now. Take model.state_dict(), which has all, and not the parameters alone."
             )
             return
-        self._add_empty_reservoir(state_dict, prefix)
         saved = (state_dict.get(prefix + name) for name in (*STRUCTURE, "sets_digest"))
         problem = (
             self._other_layer(state_dict, prefix)
@@ -54,7 +58,6 @@ class StoredState(nn.Module):
             return
         self.assignments += 1
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        assign = metadata.get("assign_to_params_buffers", False)
         if any(prefix + name in state_dict for name in STRUCTURE):
             self._load_digest(state_dict.get(f"{prefix}sets_digest"), assign)
             self._make_walk(assign)

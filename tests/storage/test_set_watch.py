@@ -157,11 +157,14 @@ def test_torchs_average_over_refreshes_is_an_error(use_buffers):
         train()
 
 
-def test_values_without_their_sets_are_refused():
-    model = sparsify(make_gpt2(), density=0.2)
-    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"has values and not the sets.*model\.state_dict\(\)"):
-        model.load_state_dict(parameters, strict=False)
+@pytest.mark.parametrize("part", [("values",), ("row_offsets", "columns"), ("values", "row_offsets", "columns")])
+def test_a_part_of_a_layers_state_is_refused(part):
+    model, other = (sparsify(make_gpt2(seed), density=0.2) for seed in (0, 1))
+    before = copy.deepcopy(model.state_dict())
+    state = {name: tensor for name, tensor in other.state_dict().items() if name.endswith(part)}
+    with pytest.raises(RuntimeError, match=r"Missing key.*belong together.*model\.state_dict\(\)"):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_change_of_sets_that_fails_can_be_made_again(monkeypatch):
