@@ -14,6 +14,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from ranks import FSDP
 from tiny_families import make_family
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_models import loss_of, make_gpt2, token_batches
@@ -173,6 +175,8 @@ def plain_loops(directory: str):
         "unwrapped, other settings": refusal(with_a_larger_b),
         "static graph": refusal(of_a_static_graph, explore_until=2),
         "loaded last": refusal(loaded_last),
+        "join": refusal(joined),
+        "hooks": {name: compressed(register) for name, register in COMPRESSIONS.items()},
         "other sets": refusal(TopKastController, lambda model: sgd(model), seed=dist.get_rank()),
         "other calibration": refusal(TopKastController, sgd, calibration=token_batches(1, seed=dist.get_rank())),
         "drift": refusal(drift),
@@ -446,6 +450,44 @@ def resumed_apart(**config) -> dict[str, float]:
     others = [torch.empty_like(shown) for _ in range(dist.get_world_size())]
     dist.all_gather(others, shown)
     return {"from uninterrupted": apart, "between ranks": float((others[0] - others[1]).abs().max())}
+
+
+COMPRESSIONS = {
+    "built in": lambda model: model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS),
+    "fp16": lambda model: model.register_comm_hook(None, fp16_compress_hook),
+    "power": lambda model: model.register_comm_hook(
+        PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1), powerSGD_hook
+    ),
+}
+
+
+def compressed(register) -> list[list[bool]]:
+    """For each step of a training whose sets shrink: whether gradients are of fp16, of rank 1, and finite."""
+    model = make_ddp(explore_until=3)
+    register(model)
+    optimizer = sgd(model)
+    TopKastController(model, optimizer)
+    steps = []
+    for tokens in token_batches(6):
+        (loss_of(model, tokens.chunk(2)[dist.get_rank()]) / 2).backward()
+        gradient = model.module.transformer.wpe.weight.grad
+        steps.append(
+            [
+                torch.equal(gradient.half().float(), gradient),
+                int(torch.linalg.matrix_rank(gradient)) == 1,
+                all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters()),
+            ]
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+def joined(model):
+    optimizer = sgd(model)
+    TopKastController(model, optimizer)
+    with model.join():
+        step(model, optimizer, token_batches(1)[0])
 
 
 def with_a_larger_b(model):

@@ -40,7 +40,10 @@ class StoredState(nn.Module):
         self._add_empty_reservoir(state_dict, prefix)
         absent = [name for name in PARTS if prefix + name not in state_dict]
         assign = metadata.get("assign_to_params_buffers", False)
-        if 0 < len(absent) < len(PARTS) and not assign:  # with it they may come one by one
+        if len(absent) == len(PARTS):  # weights of others, or a bias
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            return
+        if absent and not assign:  # with it they may come one by one
             named = ", ".join(f'"{prefix}{name}"' for name in absent)
             errors.append(
                 f"Missing key(s) {named}: values, reservoir and sets of layer '{prefix[:-1]}' belong together, and "

@@ -188,6 +188,12 @@ class TopKastController:
         """Moments must not meet weights that they do not belong to."""
         for name, count in self._seen.items():
             layer = self.layers[name]
+            if "values" not in layer._parameters:
+                raise ValueError(
+                    f"Layer '{name}' has no parameter 'values' any more: something else stands in its place (by "
+                    "torch.nn.utils.prune, for example), and a refresh would mix up its weights. Take it off "
+                    "(prune.remove(layer, 'values')). To have fewer weights, lower controller.config.density."
+                )
             if layer.assignments != count and not self.optimizer.state.get(layer.values):
                 self._see_layers()  # loaded before the first step
             elif layer.assignments != count:

@@ -5,6 +5,7 @@ from math import prod
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -140,12 +141,20 @@ class Buckets:
 
     def check(self):
         """
-        Whether the gradients of a step were reduced in the sizes that values have.
+        Whether the gradients of a step were reduced over all ranks, in the sizes that values have.
 
         Raises:
             ValueError: if they were not.
         """
-        if self._ddp is not None and self._present() != self._sizes:
+        if self._ddp is None:
+            return
+        if self._ddp._join_config.enable:
+            raise ValueError(
+                "DDP's join() lets ranks take different numbers of steps, and they would choose sets at different "
+                "times and wait for each other. Leave it out and give every rank as many batches, with "
+                "drop_last=True, for example."
+            )
+        if self._present() != self._sizes:
             name = next(name for name, size in self._present().items() if size != self._sizes.get(name))
             raise ValueError(
                 f"Layer '{name}' and perhaps others have got other sizes (load_state_dict, for example) since DDP "
@@ -163,9 +172,17 @@ def rebuild_buckets(ddp: DistributedDataParallel):
 
     Unpickling lays them out anew, and is the one way there that torch documents.
     """
+    registered = ddp._get_ddp_logging_data().get("comm_hook")
     ddp.__setstate__(ddp.__getstate__())
-    for hook, state in ddp._comm_hooks:  # registered with the buckets, which are new
+    # Hooks are registered with the buckets, which are new.
+    for hook, state in ddp._comm_hooks:
+        if isinstance(state, PowerSGDState):  # what it remembers has the sizes of the former buckets
+            for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+                memory.clear()
         dist._register_comm_hook(ddp.reducer, state, hook)
+    for built_in in (dist.BuiltinCommHookType.ALLREDUCE, dist.BuiltinCommHookType.FP16_COMPRESS):
+        if registered == str(built_in):
+            ddp._register_builtin_comm_hook(built_in)
 
 
 def _can_rebuild(ddp: DistributedDataParallel) -> bool:

@@ -105,6 +105,17 @@ def test_wrappers_that_cannot_follow_are_refused(facts):
         assert "since DDP laid out its gradient buckets" in rank["loaded last"]
 
 
+def test_uneven_inputs_are_refused(facts):
+    assert all("DDP's join() lets ranks take different numbers of steps" in rank["join"] for rank in facts)
+
+
+def test_gradients_are_compressed_as_before_when_sizes_change(facts):
+    for rank in facts:
+        for how in ("built in", "fp16"):
+            assert all(halves and finite for halves, _, finite in rank["hooks"][how])
+        assert all(low_rank and finite for _, low_rank, finite in rank["hooks"]["power"][2:])
+
+
 @pytest.mark.parametrize("how", ["other sets", "other calibration", "drift"])
 def test_other_sets_are_an_error_on_every_rank(facts, how):
     for rank in facts:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from toy_models import choose_sets, make_gpt2, token_batches
+from toy_models import choose_sets, loss_of, make_gpt2, token_batches
 
 from hf_topkast import TopKastController, sparsify
 from hf_topkast.layers import TopKastLinear
@@ -165,6 +165,18 @@ def test_a_part_of_a_layers_state_is_refused(part):
     with pytest.raises(RuntimeError, match=r"Missing key.*belong together.*model\.state_dict\(\)"):
         model.load_state_dict(state, strict=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_state_of_dense_weights_alone_goes_into_a_training():
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    TopKastController(model, optimizer)
+    state = {"transformer.ln_f.weight": torch.full((24,), 2.0), "transformer.h.0.mlp.c_fc.bias": torch.ones(96)}
+    for tokens in token_batches(3):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_change_of_sets_that_fails_can_be_made_again(monkeypatch):

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from plain_loop import adafactor, adam, adamw, adamw_fused, compare_with_simulation, rmsprop, sgd, train
+from torch.nn.utils import prune
 from toy_models import loss_of, make_gpt2, token_batches
 from transformers.optimization import Adafactor
 
@@ -246,6 +247,22 @@ def test_weights_loaded_behind_the_controller_are_noticed(make_model):
     loss_of(model, token_batches(1)[0]).backward()
     optimizer.step()
     assert controller.step == 2
+
+
+def test_values_pruned_behind_the_controller_are_noticed():
+    model = sparsify(make_gpt2(), density=0.2, refresh_every=2)
+    optimizer = sgd(model.parameters())
+    controller = TopKastController(model, optimizer)
+    layer = controller.layers["transformer.h.0.mlp.c_fc"]
+    prune.l1_unstructured(layer, "values", amount=0.3)
+    loss_of(model, token_batches(1)[0]).backward()
+    with pytest.raises(ValueError, match="'transformer.h.0.mlp.c_fc' has no parameter 'values'.*prune.remove"):
+        optimizer.step()
+    prune.remove(layer, "values")
+    for tokens in token_batches(3):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+    assert controller.step == 3
 
 
 def test_layer_unfrozen_behind_the_optimizer_is_named():
