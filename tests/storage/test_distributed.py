@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from rank_workers import RESIZING, sgd, whole
+from rank_loops import RESIZING, sgd, whole
 from ranks import launch
 from toy_models import loss_of, make_gpt2, token_batches
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from rank_workers import RESIZING, whole
+from rank_loops import RESIZING, whole
 from ranks import launch
 from toy_models import loss_of, make_gpt2, token_batches
 

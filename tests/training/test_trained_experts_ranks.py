@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from rank_workers import expert_batches, expert_model, whole
+from rank_loops import whole
+from rank_workers import expert_batches, expert_model
 from ranks import launch
 from toy_models import loss_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rank_workers import whole
+from rank_loops import whole
 from ranks import launch
 from toy_models import loss_of, make_gpt2, token_batches
 
